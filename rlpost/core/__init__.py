@@ -1,0 +1,1 @@
+"""Pure functions of tensors: log-probs, advantages, losses, batching, weight images."""

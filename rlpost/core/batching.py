@@ -1,0 +1,85 @@
+"""From groups to micro-batches: which rows go together, and how they are laid out. Axes: B rows, T positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlpost.core.losses import rollout_weight
+from rlpost.types import Rollout, TrainingBatch
+
+
+def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int, num_ranks: int = 1) -> list[list[int]]:
+    """Cut rows into micro-batches of at most `max_tokens` padded tokens, a multiple of `num_ranks` of them.
+
+    Rows are sorted by length (ties by position), so that rows padded together are alike. Ranks take micro-batches
+    round robin and all need the same number of backward passes (a collective entered by one rank only would hang), so
+    the last ones may be empty. A row longer than `max_tokens` gets a micro-batch of its own.
+
+    Returns:
+        Row indices per micro-batch; every index appears exactly once.
+    """
+    assert max_tokens > 0 and num_ranks > 0
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    # Halving the widest micro-batch gives an idle rank work before an empty one is added.
+    while len(batches) % num_ranks:
+        widest = max(range(len(batches)), key=lambda i: len(batches[i]))
+        if len(batches[widest]) < 2:
+            batches.append([])
+            continue
+        half = len(batches[widest]) // 2
+        batches[widest : widest + 1] = [batches[widest][:half], batches[widest][half:]]
+    return batches
+
+
+def collate(
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float],
+    *,
+    aggregation: str,
+    learner_version: int,
+    max_staleness: int | None,
+) -> TrainingBatch:
+    """Lay rollouts out as one padded micro-batch.
+
+    Tokens older than `max_staleness` versions leave the loss mask: they belong to stragglers that outlived their step
+    (see `pipeline.buffer`), and the bound holds for every trained token. A rollout's weight counts all its tokens, so
+    masking never re-weights the rest.
+
+    Args:
+        advantages: one per rollout.
+        learner_version: version the optimizer step will update.
+        max_staleness: None for demonstrations, which no policy sampled.
+    """
+    assert rollouts and len(rollouts) == len(advantages)
+    lengths_B = torch.tensor([len(r.token_ids) for r in rollouts])
+    shape = (len(rollouts), int(lengths_B.max()))
+    token_ids_BT = torch.zeros(shape, dtype=torch.int64)
+    loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
+    logprobs_BT = torch.zeros(shape)
+    ages_BT = torch.zeros(shape, dtype=torch.int64)
+    for row, rollout in enumerate(rollouts):
+        length = len(rollout.token_ids)
+        token_ids_BT[row, :length] = rollout.token_ids
+        loss_mask_BT[row, :length] = rollout.loss_mask
+        logprobs_BT[row, :length] = rollout.sampler_logprobs
+        first = length - rollout.num_response_tokens
+        for span in rollout.spans:
+            ages_BT[row, first + span.start : first + span.end] = learner_version - span.version
+    if max_staleness is not None:
+        loss_mask_BT &= ages_BT <= max_staleness
+    return TrainingBatch(
+        token_ids_BT=token_ids_BT,
+        lengths_B=lengths_B,
+        loss_mask_BT=loss_mask_BT,
+        sampler_logprobs_BT=torch.where(loss_mask_BT, logprobs_BT, 0.0),
+        advantages_B=torch.tensor(advantages, dtype=torch.float32),
+        weights_B=torch.tensor([rollout_weight(r.num_response_tokens, aggregation=aggregation) for r in rollouts]),
+        ages_BT=torch.where(loss_mask_BT, ages_BT, 0),
+    )

@@ -1,0 +1,104 @@
+"""Numbers that add up: what a micro-batch reports, so that a step's figures do not depend on how it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlpost.types import TrainingBatch
+
+MISMATCH_EDGES = torch.logspace(-4, 1, 51)
+"""Bin edges of the |sampler - learner| log-prob histogram; its percentiles are read off these."""
+AGE_BUCKETS = 4
+"""Ages 0, 1, 2 and "3 or more" are told apart."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums and maxima that merge exactly over micro-batches and ranks."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    mismatch_histogram: Tensor = field(default_factory=lambda: torch.zeros(len(MISMATCH_EDGES) + 1))
+
+    def add(self, **sums: float) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    @classmethod
+    def merge(cls, tallies: Iterable[Tally]) -> Tally:
+        merged = cls()
+        for tally in tallies:
+            merged.add(**tally.sums)
+            for name, value in tally.maxima.items():
+                merged.maxima[name] = max(value, merged.maxima.get(name, value))
+            merged.mismatch_histogram = merged.mismatch_histogram + tally.mismatch_histogram
+        return merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step."""
+
+    grad_norm: float
+    """Of the step's mean gradient, before clipping."""
+    tally: Tally
+
+
+def tally_policy(
+    batch: TrainingBatch, logprobs_BT: Tensor, entropies_BT: Tensor, *, clip_low: float, clip_high: float, tis_cap: float
+) -> Tally:
+    """The policy-gradient figures of one micro-batch: entropy, mismatch by age, ratio tails, clipping."""
+    mask_BT = batch.loss_mask_BT
+    log_ratios = (logprobs_BT.detach() - batch.sampler_logprobs_BT)[mask_BT]
+    advantages = batch.advantages_B[:, None].expand_as(mask_BT)[mask_BT]
+    ages = batch.ages_BT[mask_BT].clamp(max=AGE_BUCKETS - 1)
+    tally = Tally()
+    if not len(log_ratios):
+        return tally
+    ratios, gaps = log_ratios.exp(), log_ratios.abs()
+    tally.add(
+        tokens=len(log_ratios),
+        entropy=entropies_BT[mask_BT].sum(),
+        kl_k3=(ratios - 1 - log_ratios).sum(),
+        gap=gaps.sum(),
+        ratio_out=((ratios < 0.9) | (ratios > 1.1)).sum(),
+        clipped_low=((ratios < 1 - clip_low) & (advantages < 0)).sum(),
+        clipped_high=((ratios > 1 + clip_high) & (advantages > 0)).sum(),
+        truncated_weight=(ratios > tis_cap).sum(),
+    )
+    for age in ages.unique().tolist():
+        tally.add(**{f"tokens_age_{age}": (ages == age).sum(), f"gap_age_{age}": gaps[ages == age].sum()})
+    tally.maxima = {"gap": float(gaps.max()), "ratio": float(ratios.max()), "age": float(batch.ages_BT[mask_BT].max())}
+    tally.mismatch_histogram = torch.bincount(torch.bucketize(gaps, MISMATCH_EDGES), minlength=len(MISMATCH_EDGES) + 1).float()
+    return tally
+
+
+def policy_metrics(tally: Tally) -> dict[str, float]:
+    """The figures of a whole step, from the merged tally of its micro-batches. Keys as in docs/metrics.md."""
+    tokens = tally.sums.get("tokens", 0.0)
+    if not tokens:
+        return {}
+    quantiles = tally.mismatch_histogram.cumsum(0) / tally.mismatch_histogram.sum()
+    p95_bin = int((quantiles < 0.95).sum())
+    metrics = {
+        "actor/entropy": tally.sums["entropy"] / tokens,
+        "actor/ppo_kl": tally.sums["kl_k3"] / tokens,
+        "actor/pg_clipfrac": (tally.sums["clipped_low"] + tally.sums["clipped_high"]) / tokens,
+        "actor/pg_clipfrac_lower": tally.sums["clipped_low"] / tokens,
+        "mismatch/logprob_gap_mean": tally.sums["gap"] / tokens,
+        "mismatch/logprob_gap_p95": float(MISMATCH_EDGES[min(p95_bin, len(MISMATCH_EDGES) - 1)]),
+        "mismatch/logprob_gap_max": tally.maxima["gap"],
+        "mismatch/ratio_max": tally.maxima["ratio"],
+        "mismatch/ratio_outside_10pct": tally.sums["ratio_out"] / tokens,
+        "mismatch/tis_truncated_share": tally.sums["truncated_weight"] / tokens,
+        "staleness/token_max": tally.maxima["age"],
+    }
+    for age in range(AGE_BUCKETS):
+        if count := tally.sums.get(f"tokens_age_{age}"):
+            metrics[f"staleness/token_share_age_{age}"] = count / tokens
+            metrics[f"mismatch/logprob_gap_mean_age_{age}"] = tally.sums[f"gap_age_{age}"] / count
+    return metrics

@@ -1,0 +1,1 @@
+"""One model in one process: samplers, learners, and the plain-PyTorch pair that specifies them."""

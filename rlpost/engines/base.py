@@ -1,0 +1,99 @@
+"""What an engine is: one model in one process, driven by one thread. Two roles, `SamplerEngine` and `LearnerEngine`.
+
+The plain-PyTorch pair (`engines.plain`) is the executable specification of both; `tests/engines/test_contract.py` holds
+vLLM and DeepSpeed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rlpost.core.metrics import StepReport
+from rlpost.core.objective import StageSpec
+from rlpost.types import Rollout, WeightUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One completion to sample. Every sampling parameter is here: an engine adds no default of its own."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """The rollout depends on the weights and on this seed, not on which engine serves it or beside what."""
+    temperature: float
+    """Divides the logits; 0 is greedy."""
+    max_tokens: int
+
+
+class SamplerEngine(Protocol):
+    """Decodes many requests at once, token by token."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that decode the next token."""
+        ...
+
+    def add(self, request: RolloutRequest) -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[tuple[str, Rollout]]:
+        """Decode one token for every running request; returns the (request id, rollout) that finished."""
+        ...
+
+    def update(self, update: WeightUpdate) -> None:
+        """Swap the weights between two steps, and prove it.
+
+        Running requests continue under the new weights; what is cached of their past is recomputed, so that every
+        token's log-prob is exactly that of its version on its own prefix. The engine compares what the model now holds
+        with `update.checksums`, byte for byte.
+
+        Raises:
+            RuntimeError: if the model does not hold exactly `update` afterwards; its version is then unchanged and it
+                must not sample until a later update succeeds.
+        """
+        ...
+
+
+class LearnerEngine(Protocol):
+    """One rank's share of the policy being trained."""
+
+    def begin_stage(self, spec: StageSpec) -> None:
+        """Fresh optimizer state, and the present policy as the reference if the objective needs one."""
+        ...
+
+    def accumulate(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Sequence[float],
+        *,
+        learner_version: int,
+        max_staleness: int | None,
+    ) -> None:
+        """Add these rollouts' summed loss to the step's gradient.
+
+        Every rank is given the same rollouts in the same order and trains its share of them (collective).
+        """
+        ...
+
+    def step(self, *, denominator: float, lr: float) -> StepReport:
+        """Divide the accumulated gradient by `denominator`, clip it, update the weights, clear it (collective)."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The policy under its checkpoint names, in the dtype samplers serve, as CPU copies (collective)."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write this rank's model, optimizer and RNG state under `path` (collective)."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote, bit for bit, in the same stage (collective)."""
+        ...

@@ -1,0 +1,1 @@
+"""When things happen: asyncio control logic without Ray, GPU or I/O."""

@@ -1,0 +1,1 @@
+"""Where engines run: in this process (tests) or as Ray workers."""
