@@ -1,4 +1,4 @@
-"""The sockets of the pipeline: what it asks of samplers, verifiers, learners, trackers. No engine, no Ray, no I/O.
+"""The sockets of the pipeline: what it asks of samplers, verifiers and learners. No engine, no Ray, no I/O here.
 
 A `Handle` stands for a group's tokens wherever they live (this process, or Ray's object store). The control plane passes
 handles on and never looks inside: it decides by `GroupSummary` and `Judgement`.
@@ -11,8 +11,131 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlpost.core.objective import Objective, Supervised
-from rlpost.engines.base import StageSpec, StepReport
+from rlpost.core.metrics import StepReport
+from rlpost.core.objective import StageSpec
 from rlpost.types import GroupSummary, Judgement, Prompt, RolloutGroup
 
 Handle = Any
+Seconds = Mapping[str, float]
+"""State name to the seconds a worker spent in it since it was last asked; they sum to the wall time between."""
+
+
+class WorkerLost(Exception):
+    """A worker died, or did not answer within its deadline: names the worker, what it was doing, and its log's tail."""
+
+    def __init__(self, worker: str, phase: str, detail: str) -> None:
+        super().__init__(worker, phase, detail)
+        self.worker, self.phase, self.detail = worker, phase, detail
+
+    def __str__(self) -> str:
+        return f"{self.worker} was lost during {self.phase}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """Sample one group. Seeds make a rollout independent of the sampler that serves it."""
+
+    prompt: Prompt
+    seeds_G: tuple[int, ...]
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradedGroup:
+    """A group on its way to the learner: its tokens by handle, its credit by value."""
+
+    handle: Handle
+    advantages_G: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """A version ready to be published: its tensors by handle, its identity by value."""
+
+    version: int
+    handle: Handle
+    num_bytes: int
+    unchanged_fraction: float | None
+    """Share of entries that are bit-identical to the previous export; None for the first."""
+
+
+class Sampler(Protocol):
+    name: str
+
+    async def sample(self, request: GroupRequest) -> tuple[Handle, GroupSummary]:
+        """Raises WorkerLost if the sampler dies; the group can then be sampled elsewhere."""
+        ...
+
+    async def update(self, export: Export) -> int:
+        """Hold `export` from the next token on; returns the version the sampler proved to hold."""
+        ...
+
+    async def seconds(self) -> Seconds: ...
+
+
+class Verifier(Protocol):
+    name: str
+
+    async def judge(self, handle: Handle) -> tuple[Judgement, ...]:
+        """One judgement per rollout of the group, in order."""
+        ...
+
+    async def seconds(self) -> Seconds: ...
+
+
+class Learner(Protocol):
+    """All ranks as one."""
+
+    name: str
+
+    async def begin_stage(self, spec: StageSpec) -> None: ...
+
+    async def accumulate(
+        self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None
+    ) -> None: ...
+
+    async def step(self, *, denominator: float, lr: float) -> StepReport: ...
+
+    async def export(self, version: int) -> Export: ...
+
+    async def save(self, path: Path) -> None: ...
+
+    async def load(self, path: Path) -> None: ...
+
+    async def save_pretrained(self, path: Path) -> None:
+        """A plain Hugging Face directory: weights, config, tokenizer."""
+        ...
+
+    async def seconds(self) -> Seconds: ...
+
+
+class Workers(Protocol):
+    """Everything that holds a model or judges one, wherever it runs."""
+
+    samplers: Sequence[Sampler]
+    verifier: Verifier
+    learner: Learner
+
+    def put(self, group: RolloutGroup) -> Handle:
+        """Make a group that no sampler produced (a demonstration) available to the learner."""
+        ...
+
+    async def fetch(self, handle: Handle) -> RolloutGroup:
+        """Bring a group's tokens here, to log them."""
+        ...
+
+    async def restart(self, sampler: Sampler) -> Sampler:
+        """Replace a dead sampler; the new one holds no published version yet."""
+        ...
+
+
+class PromptSource(Protocol):
+    """Prompts by ordinal: the n-th admission of a stage always gets the same prompt, resumed or not."""
+
+    def __getitem__(self, ordinal: int) -> Prompt: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data or its order changes; a resume on different data is refused."""
+        ...

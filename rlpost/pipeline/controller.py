@@ -1,0 +1,410 @@
+"""The run: two loops over one buffer.
+
+    rollout_loop   admit -> sample -> judge -> put | drop          one task per group
+    train_loop     take -> accumulate -> step -> publish -> commit  one step at a time
+
+                  consumes            produces          waits for                     woken by
+    rollout_loop  prompts             finished groups   a slot of the buffer          publish, drop, commit
+    a group       a slot, a sampler   one group         a live sampler, the verifier  (their answers, with deadlines)
+    train_loop    finished groups     weight versions   the groups of its step        put, drop
+
+Nothing waits for itself: a slot opens when versions advance; versions advance when a step's groups have finished; those
+groups hold their slots already (`pipeline.buffer` has the proof). `learner.step` never waits for samplers to swap their
+weights: publishing overlaps with the next step, whose groups the bound already allowed.
+
+Failures are handled in one place, `_run_group`: a verifier that broke or a group that no sampler survived is dropped and
+counted, and the run stops when their share passes `max_failed_share`. Everything else propagates and ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rlpost.core.advantages import group_advantages
+from rlpost.core.losses import denominator
+from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
+from rlpost.pipeline.deadlines import Bell, within
+from rlpost.pipeline.evaluation import EvalSet, evaluate
+from rlpost.pipeline.fleet import Fleet, Limits
+from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, Workers, WorkerLost
+from rlpost.pipeline.seeds import derive_seed
+from rlpost.pipeline.step_metrics import StepRecord, step_metrics
+from rlpost.types import GroupSummary, Judgement, Prompt, Rollout, RolloutGroup, summarize
+
+MIN_GROUPS_TO_JUDGE_FAILURES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One entry of the recipe's list, resolved."""
+
+    name: str
+    plan: StagePlan
+    prompts: PromptSource
+    spec: StageSpec
+    group_size: int
+    max_response_tokens: int
+    lr: float
+    lr_warmup_steps: int = 0
+    refill: bool = False
+    """Replace groups whose rewards are all equal by fresh ones (DAPO's dynamic sampling)."""
+    patience_s: float | None = None
+    """How long the learner waits for a straggler while finished groups stand behind it; None: as long as it takes."""
+
+    @property
+    def sampled(self) -> bool:
+        return self.plan.max_staleness is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A group ready to train: its tokens by handle, everything else by value."""
+
+    ticket: Ticket
+    prompt: Prompt
+    handle: Handle
+    summary: GroupSummary
+    judgements: tuple[Judgement, ...]
+    advantages_G: tuple[float, ...]
+
+
+class Tracker(Protocol):
+    """Where figures go. Never raises for a reason that training could survive."""
+
+    def log(self, kind: str, row: Mapping[str, Any]) -> None: ...
+
+
+class Checkpoints(Protocol):
+    async def write(self, position: Position, learner: Any) -> None: ...
+
+    async def export(self, stage: str, learner: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    seed: int
+    limits: Limits
+    checkpoint_every: int = 0
+    """Steps between checkpoints within a stage; 0: only when a stage ends."""
+    max_failed_share: float = 0.05
+    max_refills: int = 10
+    """Batches' worth of groups without signal one step may discard before the run stops (only with `refill`)."""
+    log_groups: int = 1
+    """Groups per step whose rollouts are written out whole."""
+
+
+class Controller:
+    """Runs the stages of a recipe from `start` to the end."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        workers: Workers,
+        tracker: Tracker,
+        checkpoints: Checkpoints,
+        settings: RunSettings,
+        *,
+        eval_sets: Sequence[EvalSet] = (),
+        start: Position | None = None,
+        load_from: Path | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
+        self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
+        self._load_from = load_from
+        self._start = start or Position()
+        self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
+        self._bell = Bell()
+        self._publishing: asyncio.Task[None] | None = None
+        self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
+        self._evals: list[asyncio.Task[None]] = []
+        self._refills = 0
+        self._last_export: Export | None = None
+        self._publish_s = 0.0
+
+    async def run(self) -> None:
+        """Train every stage to its end; raises the first error that ends the run, all tasks cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self.fleet = Fleet(self.workers, self.settings.limits, tasks.create_task, self._event)
+                tasks.create_task(self._train_loop())
+                tasks.create_task(self._rollout_loop())
+        except* Exception as errors:
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+
+    # -- rollout loop --------------------------------------------------------------------------------------------------
+
+    async def _rollout_loop(self) -> None:
+        while not self.buffer.finished:
+            ticket = self.buffer.admit()
+            if ticket is None:
+                await self._bell.wait()
+                continue
+            stage = self.stages[ticket.stage]
+            prompt = stage.prompts[ticket.ordinal]
+            if stage.sampled:
+                self._tasks.create_task(self._run_group(ticket, stage, prompt))
+            else:
+                self._put_demonstration(ticket, prompt)
+
+    async def _run_group(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
+        """Sample and judge one group; the one place where failures become data."""
+        names = (self.settings.seed, stage.name, ticket.ordinal)
+        request = GroupRequest(
+            prompt=prompt,
+            seeds_G=tuple(derive_seed(*names, index) for index in range(stage.group_size)),
+            temperature=stage.spec.temperature,
+            max_tokens=stage.max_response_tokens,
+        )
+        try:
+            handle, summary = await self.fleet.sample(request)
+            verifier = self.workers.verifier
+            judgements = await within(
+                self.settings.limits.judge_s, verifier.judge(handle), worker=verifier.name, phase=f"judging {prompt.id}"
+            )
+        except WorkerLost as error:
+            self._fail(ticket, prompt, "worker_lost", str(error))
+            return
+        broken = [j for j in judgements if j.outcome == "verifier_error"]
+        if broken:
+            self._fail(ticket, prompt, "verifier_error", broken[0].detail)
+            return
+        objective = stage.spec.objective
+        assert isinstance(objective, PolicyGradient)
+        rewards_G = torch.tensor([j.reward for j in judgements], dtype=torch.float64)
+        advantages_G = tuple(group_advantages(rewards_G, normalize_std=objective.normalize_std).tolist())
+        if stage.refill and not any(advantages_G):
+            self._filter(ticket, stage)
+            return
+        finished = Finished(
+            ticket=ticket,
+            prompt=prompt,
+            handle=handle,
+            summary=summary,
+            judgements=judgements,
+            advantages_G=advantages_G,
+        )
+        self.buffer.put(ticket, finished, oldest_version=summary.oldest_version)
+        self._bell.ring()
+
+    def _put_demonstration(self, ticket: Ticket, prompt: Prompt) -> None:
+        group = RolloutGroup(prompt=prompt, rollouts=(demonstration(prompt),))
+        finished = Finished(
+            ticket=ticket,
+            prompt=prompt,
+            handle=self.workers.put(group),
+            summary=summarize(group),
+            judgements=(),
+            advantages_G=(1.0,),
+        )
+        self.buffer.put(ticket, finished, oldest_version=None)
+        self._bell.ring()
+
+    def _fail(self, ticket: Ticket, prompt: Prompt, kind: str, detail: str) -> None:
+        self.buffer.drop(ticket, "failed")
+        self._event("group_failed", prompt=prompt.id, failure=kind, detail=detail)
+        counts = self.buffer.counts
+        ended = counts["trained"] + counts["filtered"] + counts["failed"]
+        share = counts["failed"] / max(ended, MIN_GROUPS_TO_JUDGE_FAILURES)
+        if share > self.settings.max_failed_share:
+            raise RuntimeError(
+                f"{counts['failed']} of {ended} groups failed, more than max_failed_share ="
+                f" {self.settings.max_failed_share:g}; the last one, {prompt.id}: {kind}: {detail}"
+            )
+        self._bell.ring()
+
+    def _filter(self, ticket: Ticket, stage: Stage) -> None:
+        self.buffer.drop(ticket, "filtered")
+        self._refills += 1
+        limit = self.settings.max_refills * stage.plan.groups_per_step
+        if self._refills > limit:
+            raise RuntimeError(
+                f"step {self.buffer.step} of stage {stage.name!r} discarded {self._refills} groups whose rewards are all"
+                f" equal (limit {limit}): the prompts are too hard or too easy for this policy. Use other prompts, a"
+                " larger group_size, or refill = false"
+            )
+        self._bell.ring()
+
+    # -- train loop ----------------------------------------------------------------------------------------------------
+
+    async def _train_loop(self) -> None:
+        start_stage = self.buffer.stage_of(self.buffer.step)
+        for index in range(start_stage, len(self.stages)):
+            stage = self.stages[index]
+            await self._learn("begin_stage", self.workers.learner.begin_stage(stage.spec))
+            if index == start_stage:
+                if self._load_from is not None:
+                    await self._learn("load", self.workers.learner.load(self._load_from))
+                await self._publish()
+                if self._load_from is None:
+                    self._evaluate("start")
+            self._event("stage_start", stage=stage.name, step=self.buffer.step)
+            first_step = self.buffer.step - self._steps_into(index)
+            while self.buffer.step < first_step + stage.plan.num_steps:
+                await self._train_step(stage, self.buffer.step - first_step)
+            if not stage.sampled:
+                await self._publish()
+            self._evaluate(stage.name)
+            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+            await self.checkpoints.export(stage.name, self.workers.learner)
+            self._event("stage_end", stage=stage.name, step=self.buffer.step)
+        if self._publishing is not None:
+            await self._publishing
+        await asyncio.gather(*self._evals)
+        self._bell.ring()
+
+    def _steps_into(self, stage_index: int) -> int:
+        return self.buffer.step - sum(stage.plan.num_steps for stage in self.stages[:stage_index])
+
+    async def _train_step(self, stage: Stage, step_in_stage: int) -> None:
+        started, waited_s, groups = self._clock(), 0.0, []
+        version, bound = self.buffer.step, stage.plan.max_staleness
+        while self.buffer.num_missing:
+            arrived: list[Finished] = self.buffer.take()
+            if not arrived:
+                before = self._clock()
+                if not await self._bell.wait(stage.patience_s) and self.buffer.defer():
+                    self._event("stragglers_deferred", step=version)
+                waited_s += self._clock() - before
+                continue
+            groups += arrived
+            graded = [GradedGroup(handle=g.handle, advantages_G=g.advantages_G) for g in arrived]
+            await self._learn(
+                "accumulate",
+                self.workers.learner.accumulate(graded, learner_version=version, max_staleness=bound),
+            )
+        lr = stage.lr * min(1.0, (step_in_stage + 1) / max(stage.lr_warmup_steps, 1))
+        report = await self._learn(
+            "step", self.workers.learner.step(denominator=self._denominator(stage, groups), lr=lr)
+        )
+        self.buffer.commit()
+        self._refills = 0
+        if stage.sampled:
+            await self._publish()
+        self._bell.ring()
+        self.buffer.check_accounting()
+        record = StepRecord(
+            step=self.buffer.step,
+            stage=stage.name,
+            sampled=stage.sampled,
+            lr=lr,
+            report=report,
+            groups=tuple(groups),
+            seconds=self._clock() - started,
+            waited_s=waited_s,
+            buffer=dict(self.buffer.snapshot()),
+            export=self._last_export if stage.sampled else None,
+            publish_s=self._publish_s,
+            worker_seconds=await self._worker_seconds(),
+        )
+        self.tracker.log("step", step_metrics(record))
+        await self._log_rollouts(stage, groups)
+        if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
+            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+
+    @staticmethod
+    def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:
+        lengths = [length for group in groups for length in group.summary.num_tokens_G]
+        return denominator(
+            sum(lengths),
+            len(lengths),
+            aggregation=stage.spec.objective.aggregation,
+            max_response_tokens=stage.max_response_tokens,
+        )
+
+    async def _publish(self) -> None:
+        """Export the present version and start bringing the samplers to it; waits for the previous one to arrive."""
+        if self._publishing is not None:
+            await self._publishing
+        export: Export = await self._learn("export", self.workers.learner.export(self.buffer.step))
+        self._last_export = export
+        self._publishing = self._tasks.create_task(self._bring_to(export))
+
+    async def _bring_to(self, export: Export) -> None:
+        async with self._holding:
+            before = self._clock()
+            await self.fleet.publish(export)
+            self._publish_s = self._clock() - before
+            self.buffer.publish(export.version)
+            self._bell.ring()
+
+    def _evaluate(self, when: str) -> None:
+        """Judge the version just published on every eval set, beside whatever else goes on."""
+        if self.eval_sets:
+            self._evals.append(self._tasks.create_task(self._run_evaluation(when, self._publishing)))
+
+    async def _run_evaluation(self, when: str, published: asyncio.Task[None] | None) -> None:
+        version = self.buffer.step
+        if published is not None:
+            await published
+        async with self._holding:
+            for eval_set in self.eval_sets:
+                result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
+                self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
+
+    async def _learn(self, phase: str, call: Any) -> Any:
+        return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)
+
+    # -- observation ---------------------------------------------------------------------------------------------------
+
+    async def _worker_seconds(self) -> dict[str, Mapping[str, float]]:
+        workers = [self.workers.learner, self.workers.verifier, *self.fleet.samplers]
+        seconds = await asyncio.gather(*(worker.seconds() for worker in workers), return_exceptions=True)
+        # A worker that dies while it is asked for its times is found out by whoever needs its work.
+        return {w.name: s for w, s in zip(workers, seconds, strict=True) if not isinstance(s, BaseException)}
+
+    async def _log_rollouts(self, stage: Stage, groups: Sequence[Finished]) -> None:
+        if not stage.sampled:
+            return
+        for finished in groups[: self.settings.log_groups]:
+            group = await self.workers.fetch(finished.handle)
+            for rollout, judgement, advantage in zip(
+                group.rollouts, finished.judgements, finished.advantages_G, strict=True
+            ):
+                row = {
+                    "step": self.buffer.step,
+                    "stage": stage.name,
+                    "prompt_id": finished.prompt.id,
+                    "response": rollout.text,
+                    "reward": judgement.reward,
+                    "outcome": judgement.outcome,
+                    "advantage": advantage,
+                    "finish_reason": rollout.finish_reason,
+                    "versions": [[span.version, span.start, span.end] for span in rollout.spans],
+                }
+                self.tracker.log("rollout", row)
+
+    def _event(self, name: str, **details: Any) -> None:
+        self.tracker.log("event", {"event": name, **details})
+
+
+def demonstration(prompt: Prompt) -> Rollout:
+    """A demonstration as a rollout no policy sampled: trained like one, with nothing to correct for.
+
+    Raises:
+        ValueError: when the prompt has none.
+    """
+    if prompt.demonstration_ids is None:
+        raise ValueError(f"prompt {prompt.id} has no demonstration: a supervised stage needs a source that has them")
+    num_response = len(prompt.demonstration_ids)
+    num_prompt = len(prompt.token_ids)
+    return Rollout(
+        token_ids=torch.tensor([*prompt.token_ids, *prompt.demonstration_ids]),
+        loss_mask=torch.tensor([False] * num_prompt + [True] * num_response),
+        sampler_logprobs=torch.zeros(num_prompt + num_response),
+        spans=(),
+        finish_reason="stop",
+        text="",
+    )

@@ -1,0 +1,127 @@
+"""The samplers as one: who is alive, who holds which version, who takes the next group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from rlpost.pipeline.deadlines import Bell, within
+from rlpost.pipeline.ports import Export, GroupRequest, Handle, Sampler, Workers, WorkerLost
+from rlpost.types import GroupSummary
+
+Spawn = Callable[[Coroutine[Any, Any, None]], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Deadlines in seconds, one per kind of wait, and how often a lost sampler is replaced."""
+
+    start_s: float = 600.0
+    sample_s: float = 3600.0
+    judge_s: float = 600.0
+    update_s: float = 600.0
+    learn_s: float = 3600.0
+    max_restarts: int = 3
+
+
+@dataclass(slots=True)
+class _Member:
+    sampler: Sampler
+    version: int | None = None
+    """The version it proved to hold; None before the first proof and while it is being replaced."""
+    load: int = 0
+    """Rollouts it is working on."""
+    restarts: int = 0
+    replacing: bool = False
+
+
+class Fleet:
+    """Routes groups to live samplers and keeps every one of them on the latest version it can prove."""
+
+    def __init__(self, workers: Workers, limits: Limits, spawn: Spawn, on_event: Callable[..., None]) -> None:
+        self._workers, self._limits, self._spawn, self._on_event = workers, limits, spawn, on_event
+        self._members = [_Member(sampler) for sampler in workers.samplers]
+        self._latest: Export | None = None
+        self._joined = Bell()
+
+    @property
+    def samplers(self) -> list[Sampler]:
+        """Those that hold a proved version."""
+        return [m.sampler for m in self._members if m.version is not None]
+
+    async def sample(self, request: GroupRequest) -> tuple[Handle, GroupSummary]:
+        """Sample a group on the least loaded live sampler; if that one dies, on another.
+
+        Raises:
+            WorkerLost: when the group outlived more samplers than `max_restarts` allows.
+        """
+        lost: WorkerLost | None = None
+        for _ in range(self._limits.max_restarts + 1):
+            member = await self._least_loaded()
+            sampler = member.sampler
+            member.load += len(request.seeds_G)
+            try:
+                phase = f"sampling of {request.prompt.id}"
+                return await within(self._limits.sample_s, sampler.sample(request), worker=sampler.name, phase=phase)
+            except WorkerLost as error:
+                lost = error
+                self._lose(member, sampler, error)
+            finally:
+                member.load -= len(request.seeds_G)
+        assert lost is not None
+        raise lost
+
+    async def publish(self, export: Export) -> None:
+        """Bring every sampler to `export`; returns once all that live have proved it, and at least one does."""
+        self._latest = export
+        await asyncio.gather(*(self._publish_to(m, m.sampler) for m in self._members if not m.replacing))
+        while not self.samplers:
+            await self._joined.wait()
+
+    async def _publish_to(self, member: _Member, sampler: Sampler) -> None:
+        try:
+            await self._bring_up(member)
+        except WorkerLost as error:
+            self._lose(member, sampler, error)
+
+    async def _bring_up(self, member: _Member) -> None:
+        """Update one sampler until it holds the latest version, which may move on while it loads."""
+        while self._latest is not None and member.version != self._latest.version:
+            export, sampler = self._latest, member.sampler
+            limit_s = self._limits.start_s if member.version is None else self._limits.update_s
+            phase = f"update to version {export.version}"
+            held = await within(limit_s, sampler.update(export), worker=sampler.name, phase=phase)
+            if held != export.version:
+                raise RuntimeError(f"{sampler.name} proved version {held} after an update to {export.version}")
+            member.version = held
+        self._joined.ring()
+
+    def _lose(self, member: _Member, sampler: Sampler, error: WorkerLost) -> None:
+        if member.sampler is not sampler or member.replacing:
+            return  # somebody else noticed first
+        member.version, member.replacing = None, True
+        self._spawn(self._replace(member, error))
+
+    async def _replace(self, member: _Member, error: WorkerLost) -> None:
+        """Start a new sampler in place of a lost one and bring it up, within the budget of restarts."""
+        while member.replacing:
+            self._on_event("sampler_lost", worker=error.worker, phase=error.phase, detail=error.detail)
+            if member.restarts == self._limits.max_restarts:
+                raise error
+            member.restarts += 1
+            name = member.sampler.name
+            restart = self._workers.restart(member.sampler)
+            try:
+                member.sampler = await within(self._limits.start_s, restart, worker=name, phase="restart")
+                await self._bring_up(member)
+                member.replacing = False
+            except WorkerLost as again:
+                member.version, error = None, again
+        self._on_event("sampler_restarted", worker=member.sampler.name, version=member.version)
+
+    async def _least_loaded(self) -> _Member:
+        while not (live := [m for m in self._members if m.version is not None]):
+            await self._joined.wait()
+        return min(live, key=lambda m: m.load)

@@ -1,0 +1,123 @@
+"""One row per optimizer step, from what the controller saw. Pure; every key is described in docs/metrics.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any, Protocol
+
+from rlpost.core.metrics import StepReport, policy_metrics
+from rlpost.pipeline.ports import Export
+from rlpost.types import GroupSummary, Judgement, Prompt
+
+WAIT = "wait"
+"""The ledger state of a worker that has nothing to do."""
+
+
+class FinishedGroup(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def summary(self) -> GroupSummary: ...
+    @property
+    def judgements(self) -> tuple[Judgement, ...]: ...
+    @property
+    def advantages_G(self) -> tuple[float, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """Everything known about one optimizer step."""
+
+    step: int
+    """Steps completed, this one included: the version it produced."""
+    stage: str
+    sampled: bool
+    lr: float
+    report: StepReport
+    groups: Sequence[FinishedGroup]
+    seconds: float
+    waited_s: float
+    """Of `seconds`, how long the train loop waited for groups."""
+    buffer: Mapping[str, int]
+    export: Export | None
+    publish_s: float
+    """Duration of the latest publish that has completed, from export to the last sampler's proof."""
+    worker_seconds: Mapping[str, Mapping[str, float]]
+
+
+def step_metrics(record: StepRecord) -> dict[str, Any]:
+    """The row of `metrics.jsonl` for this step."""
+    lengths = [n for group in record.groups for n in group.summary.num_tokens_G]
+    tally = record.report.tally
+    row: dict[str, Any] = {
+        "step": record.step,
+        "stage": record.stage,
+        "actor/lr": record.lr,
+        "actor/grad_norm": record.report.grad_norm,
+        "actor/pg_loss": tally.sums.get("loss", 0.0) / max(tally.sums.get("tokens", 0.0), 1.0),
+        "response_length/mean": fmean(lengths),
+        "response_length/max": max(lengths),
+        "timing_s/step": record.seconds,
+        "timing_s/wait_for_rollouts": record.waited_s,
+        "perf/rollouts_per_s": len(lengths) / record.seconds,
+        "perf/tokens_per_s": sum(lengths) / record.seconds,
+        **{f"queue/{name}": count for name, count in record.buffer.items()},
+        **_worker_times(record.worker_seconds),
+    }
+    if record.sampled:
+        row |= _rollout_metrics(record)
+        row |= policy_metrics(tally)
+        if "reference_kl" in tally.sums:
+            row["actor/kl_loss"] = tally.sums["reference_kl"] / max(tally.sums.get("tokens", 0.0), 1.0)
+        row["wait/verdict"] = verdict(record)
+    if record.export is not None:
+        row["publish/bytes"] = record.export.num_bytes
+        row["publish/seconds"] = record.publish_s
+        if record.export.unchanged_fraction is not None:
+            row["publish/unchanged_fraction"] = record.export.unchanged_fraction
+    return row
+
+
+def _rollout_metrics(record: StepRecord) -> dict[str, Any]:
+    groups = record.groups
+    judgements = [j for group in groups for j in group.judgements]
+    rewards = [j.reward for j in judgements]
+    reasons = [reason for group in groups for reason in group.summary.finish_reasons_G]
+    ages = Counter(record.step - 1 - (group.summary.oldest_version or 0) for group in groups)
+    row: dict[str, Any] = {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards),
+        "reward/frac_zero_std": sum(not any(group.advantages_G) for group in groups) / len(groups),
+        "response_length/clip_ratio": reasons.count("length") / len(reasons),
+        "staleness/group_mean": sum(age * count for age, count in ages.items()) / len(groups),
+        "staleness/group_max": max(ages),
+        **{f"staleness/groups_age_{age}": count for age, count in sorted(ages.items())},
+    }
+    for outcome, count in Counter(j.outcome for j in judgements).items():
+        row[f"outcome/{outcome}"] = count / len(judgements)
+    for task in sorted({group.prompt.task for group in groups}):
+        row[f"reward/{task}/mean"] = fmean(j.reward for g in groups if g.prompt.task == task for j in g.judgements)
+    return row
+
+
+def _worker_times(worker_seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"time/{worker}/{state}": s for worker, states in worker_seconds.items() for state, s in states.items()}
+
+
+def verdict(record: StepRecord) -> str:
+    """Who waited for whom during this step, and what would help, in one line."""
+    learner_share = record.waited_s / record.seconds
+    waits = [
+        states.get(WAIT, 0.0) / total
+        for worker, states in record.worker_seconds.items()
+        if worker.startswith("sampler") and (total := sum(states.values()))
+    ]
+    sampler_share = fmean(waits) if waits else 0.0
+    if max(learner_share, sampler_share) < 0.1:
+        return f"balanced: learner waited {learner_share:.0%}, samplers {sampler_share:.0%}"
+    if learner_share >= sampler_share:
+        return f"learner waited {learner_share:.0%} for rollouts: add samplers or raise max_staleness"
+    return f"samplers waited {sampler_share:.0%} for the learner: add learner ranks or raise max_staleness"
