@@ -1,7 +1,7 @@
 """What an engine is: one model in one process, driven by one thread. Two roles, `SamplerEngine` and `LearnerEngine`.
 
-The plain-PyTorch pair (`engines.plain`) is the executable specification of both; `tests/engines/test_contract.py` holds
-vLLM and DeepSpeed to it.
+The plain-PyTorch pair (`engines.plain_sampler`, `engines.plain_learner`) is the executable specification of both;
+`tests/engines/test_*_contract.py` hold vLLM and DeepSpeed to it.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ At most (S + 1) P groups are alive. With S = 0 nothing of step t + 1 is admitted
 step t produced: the synchronous loop. Stages queue separately: a group dropped at the end of one stage is replaced within
 that stage, so a stage switch neither drains the pipeline nor shifts the next stage's steps.
 
-Stragglers. `defer` lets finished groups behind an unfinished one go first. This is the one move that can make a group
-train later than it was admitted for; the learner then masks the tokens older than S (`core.batching.collate`), so the
+Stragglers. `defer` makes an unfinished group change places with a finished one behind it. This is the one move that can
+make a group train later than it was admitted for; the learner then masks the tokens older than S (`core.batching.collate`), so the
 bound still holds for every trained token, and no whole group is thrown away for its age.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -183,10 +183,10 @@ class RolloutBuffer:
         late = [e for e in entries[:groups_per_step] if not e.finished]
         ready = [e for e in entries[groups_per_step:] if e.finished]
         for straggler, substitute in zip(late, ready, strict=False):
+            # They change places and nobody else moves: no third group may train later than it was admitted for.
+            i, j = entries.index(straggler), entries.index(substitute)
+            entries[i], entries[j] = substitute, straggler
             straggler.deferred = True
-            entries.remove(substitute)
-            entries[entries.index(straggler)] = substitute
-            entries.insert(groups_per_step, straggler)
         return min(len(late), len(ready))
 
     def commit(self) -> None:
@@ -243,7 +243,3 @@ class RolloutBuffer:
 
     def _current(self) -> _StageQueue:
         return self._queues[self.stage_of(self.step)]
-
-
-def total_steps(plans: Iterable[StagePlan]) -> int:
-    return sum(plan.num_steps for plan in plans)

@@ -29,12 +29,13 @@ import torch
 
 from rlpost.core.advantages import group_advantages
 from rlpost.core.losses import denominator
+from rlpost.core.metrics import StepReport
 from rlpost.core.objective import PolicyGradient, StageSpec
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Fleet, Limits
-from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, Workers, WorkerLost
+from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.pipeline.step_metrics import StepRecord, step_metrics
 from rlpost.types import GroupSummary, Judgement, Prompt, Rollout, RolloutGroup, summarize
@@ -248,8 +249,7 @@ class Controller:
                 if self._load_from is not None:
                     await self._learn("load", self.workers.learner.load(self._load_from))
                 await self._publish()
-                if self._load_from is None:
-                    self._evaluate("start")
+                self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
             first_step = self.buffer.step - self._steps_into(index)
             while self.buffer.step < first_step + stage.plan.num_steps:
@@ -286,10 +286,7 @@ class Controller:
                 self.workers.learner.accumulate(graded, learner_version=version, max_staleness=bound),
             )
         lr = stage.lr * min(1.0, (step_in_stage + 1) / max(stage.lr_warmup_steps, 1))
-        report = await self._learn(
-            "step", self.workers.learner.step(denominator=self._denominator(stage, groups), lr=lr)
-        )
-        self.buffer.commit()
+        report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         self._refills = 0
         if stage.sampled:
             await self._publish()
@@ -313,6 +310,19 @@ class Controller:
         await self._log_rollouts(stage, groups)
         if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
             await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+
+    async def _step(self, *, denominator: float, lr: float) -> StepReport:
+        """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
+        call = self._learn("step", self.workers.learner.step(denominator=denominator, lr=lr))
+        task = asyncio.ensure_future(call)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await task
+            raise
+        finally:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                self.buffer.commit()
 
     @staticmethod
     def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:

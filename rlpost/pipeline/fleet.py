@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlpost.pipeline.deadlines import Bell, within
-from rlpost.pipeline.ports import Export, GroupRequest, Handle, Sampler, Workers, WorkerLost
+from rlpost.pipeline.ports import Export, GroupRequest, Handle, Sampler, WorkerLost, Workers
 from rlpost.types import GroupSummary
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]

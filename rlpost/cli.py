@@ -1,0 +1,84 @@
+"""The command line: parses first, imports later, so that --help and a wrong recipe answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlpost import __version__
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rlpost`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="rlpost", description="Asynchronous RL post-training of language models.")
+    parser.add_argument("--version", action="version", version=f"rlpost {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="run a recipe", description="Run every stage of a recipe.")
+    train.add_argument("recipe", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example seed=1 stage.math.lr=1e-5")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
+    train.add_argument("--resume", action="store_true", help="continue from the run directory's last checkpoint")
+
+    summary = commands.add_parser("summary", help="print the summary of a run directory")
+    summary.add_argument("run_dir", type=Path)
+
+    commands.add_parser("doctor", help="check this machine against what rlpost was tested with")
+
+    arguments = parser.parse_args(argv)
+    if arguments.command == "train":
+        return _train(arguments)
+    if arguments.command == "summary":
+        return _summary(arguments.run_dir)
+    return _doctor()
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlpost.config import RecipeError, load_recipe
+    from rlpost.plan import check_resources, local_resources, render_plan
+
+    console = Console(soft_wrap=True)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        resources = local_resources()
+        if arguments.dry_run:
+            console.print(render_plan(recipe, resources))
+            return 0
+        if recipe.ray_address is None:
+            check_resources(recipe, resources)
+        from rlpost.run import run_recipe
+
+        return run_recipe(recipe, resume=arguments.resume, console=console)
+    except RecipeError as error:
+        sys.stderr.write(f"rlpost: {error}\n")
+        return EXIT_USAGE
+
+
+def _summary(run_dir: Path) -> int:
+    from rich.console import Console
+
+    from rlpost.summary import summarize_run
+
+    if not (run_dir / "metrics.jsonl").is_file():
+        sys.stderr.write(f"rlpost: {run_dir} is no run directory (it has no metrics.jsonl)\n")
+        return EXIT_USAGE
+    Console(soft_wrap=True).print(summarize_run(run_dir))
+    return 0
+
+
+def _doctor() -> int:
+    from rich.console import Console
+
+    from rlpost.doctor import run_doctor
+
+    return run_doctor(Console(soft_wrap=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

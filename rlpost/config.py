@@ -1,0 +1,389 @@
+"""The recipe: one TOML file, one run. Validated here, once; trusted everywhere else.
+
+Unknown keys are errors that name the nearest known one. `[defaults]` holds any key of a stage; each `[[stage]]` inherits
+what it does not set. Overrides on the command line are `key.path=value`, with a stage, an eval set or a list entry chosen
+by name or index: `stage.math.lr=1e-5`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Dtype = Literal["bfloat16", "float32"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run: says which key, what is wrong with it, and what would do."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+
+class BuildConfig(_Table):
+    """A Qwen2 model from scratch, with a byte-level tokenizer of its own."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    vocab_size: Positive = 448
+
+
+class ModelConfig(_Table):
+    path: str | None = None
+    """Hub name or directory of a Hugging Face model with its tokenizer."""
+    build: BuildConfig | None = None
+    """Instead of a path: build one from scratch into the run directory."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelConfig:
+        if (self.path is None) == (self.build is None):
+            raise ValueError("give either path (a model to start from) or build (a small one from scratch)")
+        return self
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+class GeneratedData(_Table):
+    """Problems made up on the fly, with demonstrations; train and held-out problems never overlap."""
+
+    source: Literal["generated"]
+    families: tuple[str, ...]
+    """Mixed evenly: "arithmetic" (math), "functions" (code)."""
+    split: Literal["train", "heldout"] = "train"
+    num_prompts: Positive = 20_000
+    """Distinct draws; ordinals beyond it start the next, reshuffled epoch."""
+
+
+class DatasetData(_Table):
+    """A dataset by hub name, or a local .json, .jsonl, .jsonl.gz or .parquet file."""
+
+    source: Literal["dataset"]
+    path: str
+    task: Literal["math", "code"]
+    prompt: str
+    """Text for the policy; {column} stands for a column of the dataset."""
+    config: str | None = None
+    """Name of the hub dataset's configuration."""
+    split: str = "train"
+    answer: str | None = None
+    """math: the column with the gold answer."""
+    answer_after: str | None = None
+    """math: keep only what follows this marker in the answer column ("####" in GSM8K)."""
+    tests: str | None = None
+    """code: the column with the list of assert statements."""
+    setup: str | None = None
+    """code: the column with code to run before the tests."""
+    solution: str | None = None
+    """code: the column with a reference solution; checked against its own tests when the data is loaded."""
+    entry_point: str | None = None
+    """code: the column with the function's name, where the tests need it."""
+    demonstration: str | None = None
+    """Column with a worked response, for supervised stages."""
+    chat: bool = False
+    """Wrap the prompt in the model's chat template as the user's turn."""
+    max_prompts: Positive | None = None
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out and counted."""
+    max_rejected_golds: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of gold answers that their own verifier may reject. Those prompts are left out; more stops the run."""
+
+    @model_validator(mode="after")
+    def _columns(self) -> DatasetData:
+        if self.task == "math" and self.answer is None:
+            raise ValueError('task = "math" needs answer = "<column with the gold answer>"')
+        if self.task == "code" and self.tests is None:
+            raise ValueError('task = "code" needs tests = "<column with the assert statements>"')
+        return self
+
+
+DataConfig = Annotated[GeneratedData | DatasetData, Field(discriminator="source")]
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+class SamplerConfig(_Table):
+    workers: Positive = 1
+    gpus: Literal[0, 1] = 0
+    """GPUs per sampler; 0 runs vLLM on the CPU."""
+    threads: Positive = 1
+    """CPU threads per sampler."""
+    dtype: Dtype = "bfloat16"
+    """Of the served weights; what the learner publishes."""
+    max_num_seqs: Positive = 256
+    kv_cache_mib: Positive | None = None
+    """Key-value cache; None: 64 on the CPU, what the device has left on a GPU."""
+
+
+class OptimizerConfig(_Table):
+    """AdamW; master weights are float32."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LearnerConfig(_Table):
+    ranks: Positive = 1
+    gpus_per_rank: Literal[0, 1] = 0
+    threads: Positive = 1
+    """CPU threads per rank while samplers run."""
+    dtype: Dtype = "bfloat16"
+    """Of the working weights; the masters are float32 either way."""
+    zero_stage: Literal[1, 2, 3] = 1
+    micro_batch_tokens: Positive = 8192
+    """Padded tokens per forward pass of one rank: the memory dial. Results do not depend on it."""
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class VerifierConfig(_Table):
+    workers: Positive = 1
+    """Child processes that run verifiers."""
+    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+
+
+class TrackingConfig(_Table):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when an API key is set, offline otherwise."""
+    project: str = "rlpost"
+    entity: str | None = None
+    log_groups: Annotated[int, Field(ge=0)] = 1
+    """Groups per step whose rollouts are written to rollouts.jsonl."""
+
+
+class DeadlineConfig(_Table):
+    """Longest waits, in seconds; past them the worker counts as lost."""
+
+    start_s: float = 600.0
+    sample_s: float = 3600.0
+    judge_s: float = 600.0
+    update_s: float = 600.0
+    learn_s: float = 3600.0
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+class GRPO(_Table):
+    name: Literal["grpo"]
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts per prompt."""
+    max_staleness: Annotated[int, Field(ge=0)] = 2
+    """Versions between the weights updated and the oldest token trained on; 0 is synchronous."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    clip_low: Annotated[float, Field(gt=0)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    proximal: Literal["sampler", "learner"] = "sampler"
+    """Centre of the trust region; see core/objective.py."""
+    tis_cap: Annotated[float, Field(gt=0)] = 2.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    normalize_std: bool = True
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    refill: bool = False
+    """Replace groups without signal by fresh ones (DAPO's dynamic sampling)."""
+    patience_s: Annotated[float, Field(gt=0)] | None = None
+    """Let finished groups overtake a straggler the learner has waited for this long."""
+
+
+class SFT(_Table):
+    name: Literal["sft"]
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    use_idle_cores: bool = True
+    """Let the learner's threads use all cores: samplers have nothing to do."""
+
+
+Algo = Annotated[GRPO | SFT, Field(discriminator="name")]
+
+
+class StageConfig(_Table):
+    name: str
+    data: str
+    """A key of [data]."""
+    algo: Algo
+    steps: Positive
+    prompts_per_step: Positive
+    max_response_tokens: Positive
+    lr: Annotated[float, Field(gt=0)]
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class EvalConfig(_Table):
+    name: str
+    data: str
+    num_prompts: Positive = 256
+    samples: Positive = 1
+    """Rollouts per prompt; the score is their mean."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_response_tokens: Positive
+
+
+class Recipe(_Table):
+    name: str
+    seed: int = 0
+    run_dir: Path | None = None
+    """Default: runs/<name>."""
+    model: ModelConfig
+    data: dict[str, DataConfig]
+    stage: tuple[StageConfig, ...] = Field(min_length=1)
+    eval: tuple[EvalConfig, ...] = ()
+    sampler: SamplerConfig = SamplerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints within a stage; one is written at each stage's end anyway."""
+    max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    ray_address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine."""
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for item in (*self.stage, *self.eval):
+            if item.data not in self.data:
+                raise ValueError(f"{item.name!r} uses data = {item.data!r}, but [data] has {sorted(self.data)}")
+        for items in (self.stage, self.eval):
+            names = [item.name for item in items]
+            if len(set(names)) < len(names):
+                raise ValueError(f"names must differ, got {names}")
+        for stage in self.stage:
+            _check_batch(stage, self.learner)
+        return self
+
+
+def _check_batch(stage: StageConfig, learner: LearnerConfig) -> None:
+    """All batch arithmetic, in one place. Uneven splits over ranks are fine; these are what cannot work."""
+    rollouts = stage.prompts_per_step * (stage.algo.group_size if isinstance(stage.algo, GRPO) else 1)
+    if rollouts < learner.ranks:
+        need = -(-learner.ranks // (rollouts // stage.prompts_per_step))
+        raise ValueError(
+            f"stage {stage.name!r}: {rollouts} rollouts per step cannot occupy learner.ranks = {learner.ranks}."
+            f" Use prompts_per_step >= {need}, or learner.ranks <= {rollouts}"
+        )
+    if stage.max_response_tokens >= learner.micro_batch_tokens:
+        raise ValueError(
+            f"stage {stage.name!r}: one response of max_response_tokens = {stage.max_response_tokens} and its prompt do"
+            f" not fit learner.micro_batch_tokens = {learner.micro_batch_tokens}. Use micro_batch_tokens >="
+            f" {2 * stage.max_response_tokens}, or max_response_tokens <= {learner.micro_batch_tokens // 2}"
+        )
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate.
+
+    Raises:
+        RecipeError: naming every wrong key at once.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    return build_recipe(tree, overrides)
+
+
+def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from the parsed file."""
+    tree = _thaw(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    defaults = tree.pop("defaults", {})
+    unknown = set(defaults) - set(StageConfig.model_fields)
+    if unknown:
+        raise RecipeError("\n".join(_unknown_key(f"defaults.{key}", key, StageConfig) for key in sorted(unknown)))
+    if isinstance(tree.get("stage"), list):
+        tree["stage"] = [_inherit(defaults, stage) for stage in tree["stage"]]
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage over the defaults; `algo` merges key by key unless the stage names another algorithm."""
+    merged = {**defaults, **stage}
+    default_algo, algo = defaults.get("algo"), stage.get("algo")
+    if default_algo and algo and algo.get("name", default_algo.get("name")) == default_algo.get("name"):
+        merged["algo"] = {**default_algo, **algo}
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = path.strip().split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        node = _child(node, key, ".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        raise RecipeError(f"override {override!r}: say which entry of the list, then which key of it")
+    node[last] = value
+
+
+def _child(node: Any, key: str, where: str) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(key, {})
+    if isinstance(node, list):
+        for index, entry in enumerate(node):
+            if key == str(index) or (isinstance(entry, dict) and entry.get("name") == key):
+                return entry
+        names = [entry.get("name") if isinstance(entry, dict) else entry for entry in node]
+        raise RecipeError(f"{where}: no such entry; there are {names}")
+    raise RecipeError(f"{where} is a value, not a table")
+
+
+def _thaw(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _thaw(value) for key, value in node.items()}
+    return [_thaw(value) for value in node] if isinstance(node, list) else node
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's errors, in the recipe's own terms."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(location, str(problem["loc"][-1]), *_TABLES)
+    if problem["type"] == "missing":
+        return f"{location}: this key is required"
+    given = problem["input"]
+    shown = f" (got {given!r})" if not isinstance(given, dict | list | tuple | BaseModel) else ""
+    return f"{location or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
+    known = sorted({name for table in tables for name in table.model_fields})
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"{location}: no such key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {known}")
+
+
+_TABLES = (
+    Recipe, StageConfig, EvalConfig, GRPO, SFT, ModelConfig, BuildConfig, GeneratedData, DatasetData, SamplerConfig,
+    LearnerConfig, OptimizerConfig, VerifierConfig, TrackingConfig, DeadlineConfig,
+)  # fmt: skip

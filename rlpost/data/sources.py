@@ -1,0 +1,211 @@
+"""Prompts by ordinal, from whatever the recipe names. The n-th admission of a stage always gets the same prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlpost.config import DatasetData, GeneratedData, RecipeError
+from rlpost.data.generated import FAMILIES, problems
+from rlpost.types import Prompt
+
+FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class TokenizerLike(Protocol):
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+class ShuffledPrompts:
+    """A finite list of prompts as an endless sequence: each epoch in an order of its own, fixed by the seed."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
+        assert prompts
+        self.prompts, self._seed = prompts, seed
+        self._epoch, self._order = -1, list(range(len(prompts)))
+
+    def __getitem__(self, ordinal: int) -> Prompt:
+        epoch, place = divmod(ordinal, len(self.prompts))
+        if epoch != self._epoch:
+            order = list(range(len(self.prompts)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._epoch, self._order = epoch, order
+        return self.prompts[self._order[place]]
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
+        for prompt in self.prompts:
+            digest.update(repr((prompt.id, prompt.token_ids, prompt.reference)).encode())
+        return digest.hexdigest()
+
+
+def load_generated(
+    config: GeneratedData, tokenizer: TokenizerLike, *, seed: int, limit: int | None = None
+) -> list[Prompt]:
+    """Draw problems, families taking turns; a problem drawn twice is kept once."""
+    unknown = [family for family in config.families if family not in FAMILIES]
+    if unknown or not config.families:
+        raise RecipeError(f"data: families = {list(config.families)}; choose from {sorted(FAMILIES)}")
+    num_prompts = min(config.num_prompts, limit or config.num_prompts)
+    streams = [_distinct(problems(family, split=config.split, seed=seed)) for family in config.families]
+    rounds = -(-num_prompts // len(streams))
+    drawn = [problem for batch in zip(*(islice(s, rounds) for s in streams), strict=True) for problem in batch]
+    return [
+        Prompt(
+            id=problem.id,
+            token_ids=tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)),
+            task=problem.task,
+            reference=problem.reference,
+            demonstration_ids=_demonstration(problem.demonstration, tokenizer),
+        )
+        for problem in drawn[:num_prompts]
+    ]
+
+
+def _distinct(stream: Iterator[Any], max_repeats: int = 10_000) -> Iterator[Any]:
+    seen: set[str] = set()
+    repeats = 0
+    for problem in stream:
+        repeats = repeats + 1 if problem.id in seen else 0
+        if repeats > max_repeats:
+            raise RecipeError(f"data: only {len(seen)} distinct problems exist in this family; lower num_prompts")
+        if not repeats:
+            seen.add(problem.id)
+            yield problem
+
+
+def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit: int | None = None) -> list[Prompt]:
+    """Read a dataset and map its rows to prompts, in the dataset's order.
+
+    Raises:
+        RecipeError: when the file, a column or the template is wrong, naming what exists.
+    """
+    rows = _read(config)
+    columns = set(rows.column_names)
+    placeholders = re.findall(r"\{(\w+)\}", config.prompt)
+    used = [config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration]
+    missing = sorted({name for name in (*placeholders, *used) if name and name not in columns})
+    if missing:
+        raise RecipeError(f"{config.path} has no column {missing}; it has {sorted(columns)}")
+    prompts = []
+    for index, row in enumerate(rows):
+        text = re.sub(r"\{(\w+)\}", lambda match, row=row: str(row[match.group(1)]), config.prompt)
+        token_ids = _prompt_ids(text, config, tokenizer)
+        if len(token_ids) > config.max_prompt_tokens:
+            continue
+        prompts.append(
+            Prompt(
+                id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
+                token_ids=token_ids,
+                task=config.task,
+                reference=_reference(row, config),
+                demonstration_ids=_demonstration(row[config.demonstration], tokenizer)
+                if config.demonstration
+                else None,
+            )
+        )
+        if len(prompts) == (limit or config.max_prompts):
+            break
+    if not prompts:
+        raise RecipeError(f"{config.path}: every prompt is longer than max_prompt_tokens = {config.max_prompt_tokens}")
+    return prompts
+
+
+def _read(config: DatasetData) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(config.path)
+    suffix = path.name.removesuffix(".gz")[path.name.removesuffix(".gz").rfind(".") :]
+    if suffix in FILE_READERS:
+        if not path.is_file():
+            raise RecipeError(f"no data file at {path}; give another path with data.<name>.path=...")
+        return datasets.load_dataset(FILE_READERS[suffix], data_files=str(path), split="train")
+    try:
+        return datasets.load_dataset(config.path, config.config, split=config.split)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise RecipeError(
+            f"dataset {config.path!r} could not be loaded ({type(error).__name__}: {error}). Check the name and the"
+            " network; a download that was interrupted resumes when you run the command again. Or give a local .jsonl"
+            " file with data.<name>.path=..."
+        ) from error
+
+
+def _prompt_ids(text: str, config: DatasetData, tokenizer: TokenizerLike) -> tuple[int, ...]:
+    if not config.chat:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    turns = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tuple(ids)
+
+
+def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]:
+    if config.task == "math":
+        assert config.answer is not None
+        answer = str(row[config.answer])
+        if config.answer_after is not None:
+            answer = answer.rpartition(config.answer_after)[2]
+        return {"answer": answer.strip()}
+    assert config.tests is not None
+    reference: dict[str, Any] = {
+        "tests": list(row[config.tests]),
+        "setup": (row[config.setup] or "") if config.setup else "",
+        "entry_point": row[config.entry_point] if config.entry_point else None,
+    }
+    if config.solution:
+        reference["solution"] = row[config.solution]
+    return reference
+
+
+def _demonstration(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
+    assert tokenizer.eos_token_id is not None
+    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+
+
+def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: float, workers: int) -> list[Prompt]:
+    """Those prompts whose gold answer their own verifier accepts.
+
+    A math gold is its answer in a box; a code gold is the reference solution where the data has one. Prompts without a
+    gold to check are kept.
+
+    Raises:
+        RecipeError: when more than `max_rejected` of the golds are rejected, with examples.
+    """
+    from reward import Outcome, RewardPool, check_reference
+
+    golds = [_gold(prompt) for prompt in prompts]
+    for prompt in prompts:
+        try:
+            check_reference(prompt.task, prompt.reference)
+        except ValueError as error:
+            raise RecipeError(f"prompt {prompt.id}: {error}") from error
+    checked = [i for i, gold in enumerate(golds) if gold is not None]
+    with RewardPool(num_workers=workers, deadline_s=deadline_s) as pool:
+        verdicts = pool.score_many([(prompts[i].task, golds[i] or "", prompts[i].reference) for i in checked])
+    rejected = {i: v for i, v in zip(checked, verdicts, strict=True) if v.outcome is not Outcome.CORRECT}
+    if len(rejected) > max_rejected * len(checked):
+        examples = "; ".join(
+            f"{prompts[i].id}: {v.outcome.value} {v.detail}"[:200] for i, v in list(rejected.items())[:3]
+        )
+        raise RecipeError(
+            f"{len(rejected)} of {len(checked)} gold answers are rejected by their own verifier ({examples}). Mend the"
+            " data, or leave these prompts out with max_rejected_golds"
+        )
+    return [prompt for i, prompt in enumerate(prompts) if i not in rejected]
+
+
+def _gold(prompt: Prompt) -> str | None:
+    if prompt.task == "math":
+        return f"\\boxed{{{prompt.reference['answer']}}}"
+    solution = prompt.reference.get("solution")
+    return f"```python\n{solution}\n```" if solution else None

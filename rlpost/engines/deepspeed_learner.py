@@ -1,0 +1,305 @@
+"""The learner on DeepSpeed: one rank of a ZeRO-sharded policy. The one file that imports deepspeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# Without it DeepSpeed probes for every accelerator it knows, and warns that it found none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+
+from rlpost.core.batching import collate, plan_micro_batches  # noqa: E402
+from rlpost.core.metrics import StepReport, Tally  # noqa: E402
+from rlpost.core.objective import StageSpec, loss_and_tally  # noqa: E402
+from rlpost.engines.forward import Scorer, load_policy  # noqa: E402
+from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite  # noqa: E402
+from rlpost.types import Rollout  # noqa: E402
+
+MAX_BUCKET_ELEMENTS = 200_000_000
+"""Gradients are reduced in buckets of at most this many elements."""
+TAG = "deepspeed"
+NO_ROLLOUT = torch.zeros(1, 2, dtype=torch.int64)
+"""[1, 2] token ids for a backward pass without rollouts; nothing of it is on a loss mask."""
+
+
+def init_distributed(
+    *, rank: int, world_size: int, master_addr: str = "127.0.0.1", master_port: int, timeout_s: float = 600.0
+) -> None:
+    """Join the learner ranks of a run. Each process sees one device; collective.
+
+    Raises:
+        torch.distributed.DistStoreError: when not all ranks have joined after `timeout_s`.
+    """
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed would compile this extension on the spot, and a build killed half-way leaves a lock that hangs every
+    # later process for ever. gloo does its work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=master_addr,
+        MASTER_PORT=str(master_port),
+    )
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+class DeepSpeedLearner:
+    """One rank; `init_distributed` comes first, and every method is collective.
+
+    Master weights, optimizer state and the accumulated gradient are float32 whatever `dtype` computes in. Losses are
+    sums, and the step's denominator is known only when its last group has arrived: `backward` only accumulates
+    (`managed_gradient_accumulation` off), and `step` divides once.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        dtype: torch.dtype,
+        zero_stage: Literal[1, 2, 3],
+        micro_batch_tokens: int,
+        serve_dtype: torch.dtype,
+        rank: int,
+        world_size: int,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if zero_stage not in (1, 2, 3):
+            # Stage 0 in bfloat16 starts Adam's step counter at 1: its first update is 0.74 of what it should be.
+            raise ValueError(f"zero_stage = {zero_stage}: use 1 (one rank, or a model that fits on each), 2 or 3")
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype = {dtype}: the learner computes in bfloat16 or float32")
+        self._model_path, self._dtype, self._serve_dtype = model_path, dtype, serve_dtype
+        self._zero_stage, self._micro_batch_tokens = zero_stage, micro_batch_tokens
+        self._rank, self._world_size = rank, world_size
+        policy = load_policy(model_path, dtype)
+        if gradient_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._scorer = Scorer(policy).train()
+        num_elements = sum(p.numel() for p in policy.parameters())
+        self._engine: Any = deepspeed.initialize(
+            model=self._scorer,
+            optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
+            config=_config(dtype, zero_stage, num_elements),
+            dist_init_required=False,
+        )[0]
+        self._spec: StageSpec | None = None
+        self._reference: Scorer | None = None
+        self._tallies: list[Tally] = []
+        self._num_backwards = 0
+
+    def begin_stage(self, spec: StageSpec) -> None:
+        self._apply(spec)
+        # In place: DeepSpeed keeps views into these tensors.
+        for state in self._engine.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        if spec.objective.needs_reference:
+            self._reference = self._frozen_copy({name: p.cpu() for name, p in self._gathered()})
+
+    def accumulate(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Sequence[float],
+        *,
+        learner_version: int,
+        max_staleness: int | None,
+    ) -> None:
+        spec = self._spec
+        assert spec is not None, "begin_stage comes first"
+        rows = [i for i, a in enumerate(advantages) if spec.objective.has_gradient(a)]
+        micro_batches = plan_micro_batches(
+            [len(rollouts[i].token_ids) for i in rows],
+            max_tokens=self._micro_batch_tokens,
+            num_ranks=self._world_size,
+        )
+        for picked in micro_batches[self._rank :: self._world_size]:
+            if not picked:
+                self._backward_of_nothing()
+                continue
+            batch = collate(
+                [rollouts[rows[k]] for k in picked],
+                [advantages[rows[k]] for k in picked],
+                aggregation=spec.objective.aggregation,
+                learner_version=learner_version,
+                max_staleness=max_staleness,
+            )
+            inputs = (self._on_device(batch.token_ids_BT), self._on_device(batch.loss_mask_BT), spec.temperature)
+            reference_BT = None
+            if self._reference is not None:
+                with torch.no_grad():
+                    reference_BT = self._reference(*inputs)[0].cpu()
+            logprobs_BT, entropies_BT = self._engine(*inputs)
+            # The loss is a few thousand numbers: on the host, core's functions need no devices.
+            loss, tally = loss_and_tally(spec.objective, batch, logprobs_BT.cpu(), entropies_BT.cpu(), reference_BT)
+            self._backward(loss)
+            self._tallies.append(tally)
+
+    def step(self, *, denominator: float, lr: float) -> StepReport:
+        """See `LearnerEngine.step`; the tally is this rank's share.
+
+        Raises:
+            RuntimeError: when the gradient is not finite; the weights are then unchanged.
+        """
+        if not self._num_backwards:
+            self._backward_of_nothing()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        with self._gradient_divided_by(denominator):
+            self._engine.step()
+        self._num_backwards = 0
+        report = StepReport(grad_norm=float(self._engine.get_global_grad_norm()), tally=Tally.merge(self._tallies))
+        self._tallies = []
+        check_finite(report.grad_norm)
+        return report
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {name: p.to("cpu", self._serve_dtype, copy=True) for name, p in self._gathered()}
+
+    def save(self, path: Path) -> None:
+        assert not self._num_backwards, "save between steps"
+        path.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
+        torch.save({"spec": self._spec, "rng": _rng_state()}, path / f"rank-{self._rank}.pt")
+        if self._rank == 0:
+            (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
+            if self._reference is not None:
+                tensors = {name: p.contiguous() for name, p in self._reference.policy.named_parameters()}
+                save_file(tensors, path / "reference.safetensors")
+        dist.barrier()
+
+    def load(self, path: Path) -> None:
+        """See `LearnerEngine.load`; restores the stage too, so a `begin_stage` after it begins a new one.
+
+        Raises:
+            ValueError: when the checkpoint was written by a learner of another layout.
+        """
+        saved, present = json.loads((path / "learner.json").read_text()), self._layout()
+        for key, value in present.items():
+            if saved[key] != value:
+                raise ValueError(
+                    f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state is"
+                    f" sharded that way, so resume with {key} = {saved[key]}"
+                )
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise RuntimeError(f"{path / TAG} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
+        # Our own file, beside DeepSpeed's own pickles.
+        state = torch.load(path / f"rank-{self._rank}.pt", weights_only=False)
+        self._apply(state["spec"])
+        if self._spec is not None and self._spec.objective.needs_reference:
+            self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
+        _set_rng_state(state["rng"])
+
+    def close(self) -> None:
+        """Undo DeepSpeed's hooks; a process that makes another learner calls it first."""
+        self._engine.destroy()
+
+    def _apply(self, spec: StageSpec) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self._spec, self._reference = spec, None
+        apply_optimizer_spec(self._engine.optimizer, spec)
+        self._engine.optimizer.clip_grad = spec.optimizer.max_grad_norm
+
+    def _backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        self._num_backwards += 1
+
+    def _backward_of_nothing(self) -> None:
+        """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
+        token_ids_BT = self._on_device(NO_ROLLOUT)
+        logprobs_BT, _ = self._engine(token_ids_BT, torch.zeros_like(token_ids_BT, dtype=torch.bool), 1.0)
+        self._backward(logprobs_BT.sum())
+
+    @contextmanager
+    def _gradient_divided_by(self, denominator: float) -> Iterator[None]:
+        """While it holds, DeepSpeed's step sees the accumulated gradient divided by `denominator`.
+
+        The reduction averages over ranks, so dividing by denominator / world_size divides the sum by the denominator.
+        """
+        optimizer, scale = self._engine.optimizer, denominator / self._world_size
+        if isinstance(optimizer, BF16_Optimizer):
+            for gradient in optimizer.fp32_groups_gradients_flat:
+                gradient.div_(scale)
+            yield
+            return
+        # A loss scale is what the optimizer divides out before it measures, clips and applies the gradient.
+        optimizer.loss_scale = scale
+        try:
+            yield
+        finally:
+            optimizer.loss_scale = 1.0
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, whole weight) one at a time; with ZeRO-3 only until the next one."""
+        for name, parameter in self._scorer.policy.named_parameters():
+            if self._zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach().clone()
+            else:
+                yield name, parameter.detach()
+
+    def _frozen_copy(self, tensors: Mapping[str, Tensor]) -> Scorer:
+        copy = load_policy(self._model_path, self._dtype)
+        with torch.no_grad():
+            for name, parameter in copy.named_parameters():
+                parameter.copy_(tensors[name])
+        return Scorer(copy).requires_grad_(False).to(self._engine.device)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._engine.device)
+
+    def _layout(self) -> dict[str, Any]:
+        return {"world_size": self._world_size, "zero_stage": self._zero_stage, "dtype": str(self._dtype)}
+
+
+def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:
+    bucket = min(num_elements + num_elements % 2, MAX_BUCKET_ELEMENTS)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+
+
+def _rng_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,93 @@
+"""How likely a Hugging Face causal language model finds given tokens. Axes: B rows, T positions, N scored tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rlpost.core.logprobs import selected_logprobs
+
+
+def load_policy(model_path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a Hugging Face directory, every dropout off: it must score tokens as the sampler drew them.
+
+    Raises:
+        ValueError: when the directory holds a model that cannot be trained here; see `_check`.
+    """
+    config = AutoConfig.from_pretrained(model_path)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop", "_drop")):
+            setattr(config, name, 0.0)
+    policy = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype)
+    _check(policy, model_path)
+    return policy
+
+
+class Scorer(nn.Module):
+    """Scores only the tokens asked for: hidden states are gathered before the output layer, so no [B, T, V] is made."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, token_ids_BT: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of each token on the mask, given the tokens before it.
+
+        Rows are padded on the right. Attention is causal, so no token on the mask can see padding and no attention mask
+        is needed, which keeps the fastest attention kernel.
+
+        Args:
+            token_ids_BT: int64.
+            mask_BT: bool; never the first position, which nothing precedes.
+            temperature: divides the logits.
+
+        Returns:
+            logprobs_BT (differentiable) and entropies_BT in nats (not differentiable), float32, 0 off the mask.
+        """
+        hidden_BTH = self.policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
+        hidden_NH = hidden_BTH[rows_N, positions_N - 1]
+        logits_NV = self.policy.get_output_embeddings()(hidden_NH)
+        logprobs_N, entropies_N = selected_logprobs(
+            logits_NV, token_ids_BT[rows_N, positions_N], temperature=temperature
+        )
+        zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
+        index = (rows_N, positions_N)
+        return zeros_BT.index_put(index, logprobs_N), zeros_BT.index_put(index, entropies_N)
+
+
+def weight_names(policy: nn.Module) -> list[str]:
+    """Checkpoint names of the weights, tied ones once, in a fixed order."""
+    return [name for name, _ in policy.named_parameters()]
+
+
+def _check(policy: PreTrainedModel, model_path: Path) -> None:
+    """Refuse what `Scorer` or publishing would get silently wrong.
+
+    Raises:
+        ValueError: when the model transforms its logits after the output layer (soft-capping, scaling), or holds its
+            weights under other names than its checkpoint.
+    """
+    stored: set[str] = set()
+    for file in sorted(model_path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            stored.update(tensors.keys())
+    if unknown := [name for name in weight_names(policy) if name not in stored]:
+        raise ValueError(
+            f"{model_path}: {type(policy).__name__} holds {unknown[0]!r} ({len(unknown)} such weights), which its"
+            " checkpoint does not: samplers load weights by checkpoint name, so this architecture cannot be published"
+        )
+    token_ids_BT = torch.tensor([[0, 1]])
+    with torch.no_grad():
+        expected = policy(input_ids=token_ids_BT, use_cache=False).logits
+        hidden = policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        logits = policy.get_output_embeddings()(hidden)
+    if not torch.equal(expected, logits):
+        raise ValueError(
+            f"{model_path}: {type(policy).__name__} changes its logits after the output layer (soft-capping or scaling),"
+            " which the learner does not reproduce: use a model without"
+        )

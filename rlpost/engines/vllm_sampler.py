@@ -1,0 +1,346 @@
+"""vLLM as a `SamplerEngine`: in this process, one request per rollout, weights swapped in place and proved.
+
+The only file that imports vLLM, and only once an engine is built: vLLM reads its environment on import and changes the
+process it lives in (thread settings, torch.distributed), so it gets a process of its own with `environment` set first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer
+
+from rlpost.core.weights import bits
+from rlpost.engines.base import RolloutRequest
+from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
+from rlpost.types import Rollout, VersionSpan, WeightUpdate
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+
+def environment(device: str, *, num_threads: int = 1) -> dict[str, str]:
+    """Variables that must be set in a sampler's process before anything imports vLLM.
+
+    Args:
+        device: "cpu" or "cuda".
+        num_threads: CPU threads of the sampler; on a GPU, of its host side.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: samplers run on 'cpu' or 'cuda'")
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+    if device == "cpu":
+        # Without it the first token waits 3 to 18 s for a compiler whose code is no faster here.
+        variables |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return variables
+
+
+class VllmSampler:
+    """One vLLM engine, stepped by its caller's thread.
+
+    Raises:
+        RuntimeError: if this process was started without `environment`.
+        ValueError: if the model directory names no end token.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+    ) -> None:
+        """
+        Args:
+            max_model_len: tokens of the longest sequence, prompt and response together.
+            max_num_seqs: sequences decoded at once; more wait their turn.
+            kv_cache_bytes: size of the key-value cache; required on CPU. On a GPU, None takes what
+                `gpu_memory_utilization` (a share of the device's memory, weights included) leaves.
+            enforce_eager: no CUDA graphs. Always so on CPU.
+        """
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        on_cpu = current_platform.is_cpu()
+        _check_environment("cpu" if on_cpu else "cuda")
+        if on_cpu and kv_cache_bytes is None:
+            raise ValueError("kv_cache_bytes must be given on CPU: the default would take a share of all host memory")
+        path = Path(model_path)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._end_ids = sorted(end_token_ids(path))
+        self._max_model_len = max_model_len
+        args = EngineArgs(
+            model=str(path),
+            skip_tokenizer_init=True,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or on_cpu,
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(2048, max_model_len) if on_cpu else None,
+            distributed_executor_backend="uni",
+            # A step in flight across `update` would mix two versions in one token.
+            async_scheduling=False,
+            enable_prefix_caching=True,
+            generation_config="vllm",
+            # The distribution that was sampled, temperature included; vLLM's default reports the one before it.
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+        with _live_cpu_weights() if on_cpu else _as_is():
+            self._engine = LLMEngine.from_engine_args(args)
+        self._running: dict[str, RolloutRequest] = {}
+        self._version = 0
+        self._engine.set_weight_version(str(self._version))
+        self._fault: str | None = None
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def add(self, request: RolloutRequest) -> None:
+        from vllm.inputs import tokens_input
+
+        check_request(request, max_model_len=self._max_model_len, running=self._running)
+        self._engine.add_request(
+            request.id, tokens_input(list(request.prompt_ids)), _sampling_params(request, self._end_ids)
+        )
+        self._running[request.id] = request
+
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def stats(self) -> dict[str, int]:
+        """Requests that are being decoded, and those that wait for a place or for cache."""
+        running, waiting = self._engine.engine_core.engine_core.scheduler.get_request_counts()
+        return {"running": running, "waiting": waiting}
+
+    def step(self) -> list[tuple[str, Rollout]]:
+        if self._fault:
+            raise RuntimeError(f"this sampler may not sample until a weight update succeeds: {self._fault}")
+        finished = []
+        for output in self._engine.step():
+            assert output.finished, output.request_id
+            request = self._running.pop(output.request_id)
+            finished.append((request.id, self._rollout(request, output.outputs[0])))
+        return finished
+
+    def update(self, update: WeightUpdate) -> None:
+        self._fault = f"update {update.version} was interrupted"
+        try:
+            check_payload(update)
+            if not self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError(f"weight update {update.version}: vLLM did not drop its key-value cache")
+            self._engine.apply_model(lambda model: load(model, update.tensors))
+            self._engine.apply_model(lambda model: prove(model, update.tensors))
+        except RuntimeError as error:
+            self._fault = str(error)
+            raise
+        self._engine.set_weight_version(str(update.version))
+        self._version, self._fault = update.version, None
+
+    def _rollout(self, request: RolloutRequest, output: CompletionOutput) -> Rollout:
+        assert output.logprobs is not None and output.weight_versions is not None and output.finish_reason is not None
+        token_ids = list(output.token_ids)
+        return make_rollout(
+            request,
+            token_ids,
+            [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)],
+            [VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in output.weight_versions],
+            finish_reason=output.finish_reason,
+            tokenizer=self._tokenizer,
+        )
+
+
+def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` into the model's own storage, through vLLM's loader for its architecture.
+
+    Raises:
+        RuntimeError: naming the tensor that the loader refuses.
+    """
+    _feed(model, tensors, Counter())
+
+
+def prove(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Show that the model holds `tensors` bit for bit and nothing else.
+
+    vLLM's loader runs a second time with every write turned into a comparison: it alone knows how checkpoint tensors are
+    fused, sliced and padded into parameters. Then every element of every parameter must have been compared, and every
+    element of every tensor used.
+
+    Raises:
+        RuntimeError: naming the tensor or parameter that differs, that was left out or that the loader ignored.
+    """
+    used: Counter[str] = Counter()
+    with _CompareInsteadOfWriting(model) as comparison:
+        _feed(model, tensors, used, comparison)
+    for name, tensor in tensors.items():
+        if used[name] != tensor.numel():
+            raise RuntimeError(
+                f"{name}: vLLM's loader used {used[name]} of its {tensor.numel()} values. A tensor the served model has no"
+                " place for must not be published"
+            )
+    for name, parameter in model.named_parameters():
+        if missing := comparison.num_not_compared(parameter):
+            raise RuntimeError(f"{missing} of {parameter.numel()} values of vLLM's {name} are in no published tensor")
+
+
+class _CompareInsteadOfWriting(TorchDispatchMode):
+    """While active, writing into the model compares bits instead, and raises where they differ."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._storages = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
+        self._regions: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
+        self.num_compared = 0
+        """Elements compared with a tensor so far; constants (vLLM zeroes its vocabulary padding) are not counted."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and _storage(value) in self._storages
+        ]
+        if not written:
+            return func(*args, **kwargs)
+        (target,) = written
+        if func is torch.ops.aten.copy_.default:
+            self._compare(target, args[1])
+            self.num_compared += target.numel()
+        elif func is torch.ops.aten.fill_.Scalar:
+            self._compare(target, torch.full_like(target, args[1]))
+        else:
+            raise RuntimeError(f"vLLM's loader writes with {func}, which cannot be proved")
+        return target
+
+    def _compare(self, target: Tensor, value: Tensor) -> None:
+        if (target.shape, target.dtype) != (value.shape, value.dtype):
+            raise RuntimeError(
+                f"the model takes {target.dtype} {list(target.shape)}, the update has {value.dtype} {list(value.shape)}"
+            )
+        if not target.is_contiguous():
+            raise RuntimeError("the model keeps it in pieces, which cannot be proved")
+        if num_different := int((bits(target) != bits(value.to(target.device))).sum()):
+            raise RuntimeError(f"{num_different} of {target.numel()} values in the model differ from the update")
+        start = target.storage_offset()
+        self._regions[_storage(target)].add((start, start + target.numel()))
+
+    def num_not_compared(self, parameter: Tensor) -> int:
+        stop = parameter.storage_offset() + parameter.numel()
+        missing, reached = 0, parameter.storage_offset()
+        for region_start, region_stop in sorted(self._regions[_storage(parameter)]):
+            missing += max(min(region_start, stop) - reached, 0)
+            reached = max(reached, region_stop)
+        return missing + max(stop - reached, 0)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _feed(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    used: Counter[str],
+    comparison: _CompareInsteadOfWriting | None = None,
+) -> None:
+    """Run the model's loader over `tensors`, counting in `used` what was compared while each was its latest.
+
+    Loaders take one tensor at a time. One that gathered several first would count wrongly and so fail the proof.
+    """
+    latest = "before the first tensor"
+
+    def one_by_one() -> Iterator[tuple[str, Tensor]]:
+        nonlocal latest
+        for name, tensor in tensors.items():
+            before = comparison.num_compared if comparison else 0
+            latest = name
+            yield name, tensor
+            used[name] += comparison.num_compared - before if comparison else 0
+
+    try:
+        model.load_weights(one_by_one())  # pyright: ignore[reportCallIssue]
+    except Exception as error:
+        raise RuntimeError(f"{latest}: {error}") from error
+
+
+def _sampling_params(request: RolloutRequest, end_ids: list[int]) -> SamplingParams:
+    """The request's own distribution and nothing on top: no penalty, no truncation, no hidden end token."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1,
+        seed=request.seed,
+        temperature=request.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        max_tokens=request.max_tokens,
+        min_tokens=0,
+        ignore_eos=True,  # of the tokenizer: the ends are listed
+        stop_token_ids=end_ids,
+        logprobs=0,  # of the sampled token only
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _check_environment(device: str) -> None:
+    decisive = ("VLLM_ENABLE_V1_MULTIPROCESSING", "TORCHDYNAMO_DISABLE")
+    for name, value in environment(device).items():
+        if name in decisive and os.environ.get(name) != value:
+            raise RuntimeError(
+                f"{name} is {os.environ.get(name)!r} and must be {value!r}: start the sampler's process with the variables"
+                f" of vllm_sampler.environment({device!r})"
+            )
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _live_cpu_weights() -> Iterator[None]:
+    """While the engine is built, keep CPU layers reading `layer.weight` at every call.
+
+    By default they pack a copy of it for oneDNN and drop the original, so that nothing could be updated in place.
+    """
+    from vllm.model_executor.layers import utils
+
+    def keep(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportAttributeAccessIssue]
+
+    packing = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = keep
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = packing

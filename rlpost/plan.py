@@ -1,0 +1,188 @@
+"""What a recipe would do, before anything is started: workers, batches, staleness, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from rlpost.config import GRPO, DatasetData, GeneratedData, Recipe, RecipeError
+
+GENERATED_PROMPT_TOKENS = 128
+"""No generated problem is longer."""
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+MASTER_AND_MOMENTS_BYTES = 12
+"""float32 master weight and AdamW's two moments, per parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    cores: int
+    gpus: int
+
+
+def local_resources() -> Resources:
+    """This machine's, without initializing CUDA: the driver never holds a device."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    gpus = len(devices) if visible is None else len([d for d in visible.split(",") if d.strip()])
+    return Resources(cores=len(os.sched_getaffinity(0)), gpus=gpus)
+
+
+def check_resources(recipe: Recipe, resources: Resources) -> None:
+    """Refuse demands that can never be met; a Ray cluster (`ray_address`) is left to Ray.
+
+    Raises:
+        RecipeError: with demand and supply.
+    """
+    sampler, learner = recipe.sampler, recipe.learner
+    gpus = sampler.workers * sampler.gpus + learner.ranks * learner.gpus_per_rank
+    if gpus > resources.gpus:
+        raise RecipeError(
+            f"the recipe needs {gpus} GPUs (sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus} +"
+            f" learner.ranks {learner.ranks} x learner.gpus_per_rank {learner.gpus_per_rank}), this machine has"
+            f" {resources.gpus}: lower them, or give a cluster with ray_address"
+        )
+    cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
+        0 if learner.gpus_per_rank else learner.ranks * learner.threads
+    )
+    if cores > resources.cores:
+        raise RecipeError(
+            f"the recipe needs {cores} cores (sampler.workers {sampler.workers} x sampler.threads {sampler.threads} +"
+            f" learner.ranks {learner.ranks} x learner.threads {learner.threads}), this machine has {resources.cores}:"
+            " lower workers, ranks or threads"
+        )
+
+
+def max_prompt_tokens(data: GeneratedData | DatasetData) -> int:
+    return data.max_prompt_tokens if isinstance(data, DatasetData) else GENERATED_PROMPT_TOKENS
+
+
+def max_model_len(recipe: Recipe) -> int:
+    """The longest sequence any stage or evaluation can ask of a sampler."""
+    return max(
+        max_prompt_tokens(recipe.data[item.data]) + item.max_response_tokens for item in (*recipe.stage, *recipe.eval)
+    )
+
+
+def num_parameters(recipe: Recipe) -> int | None:
+    """Exact for a model built here or on disk; for a hub name, read off the name ("7B"); None if it says nothing."""
+    build = recipe.model.build
+    if build is not None:
+        hidden, head = build.hidden_size, build.vocab_size * build.hidden_size
+        attention = 4 * hidden * hidden + 3 * hidden
+        return build.num_layers * (attention + 3 * hidden * 4 * hidden + 2 * hidden) + 2 * head + hidden
+    assert recipe.model.path is not None
+    path = Path(recipe.model.path)
+    if path.is_dir():
+        return sum(_safetensors_numel(file) for file in path.glob("*.safetensors")) or None
+    size = re.search(r"(\d+(?:\.\d+)?)[bB]\b", recipe.model.path)
+    return int(float(size.group(1)) * 1e9) if size else None
+
+
+def _safetensors_numel(file: Path) -> int:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    total = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        numel = 1
+        for size in entry["shape"]:
+            numel *= size
+        total += numel
+    return total
+
+
+def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
+    """The resolved plan, for `--dry-run`."""
+    stages = Table(title=f"stages of {recipe.name}", title_justify="left")
+    columns = (
+        "stage",
+        "algorithm",
+        "data",
+        "steps",
+        "prompts/step",
+        "rollouts/step",
+        "max staleness",
+        "groups alive",
+        "lr",
+    )
+    for column in columns:
+        stages.add_column(column)
+    for stage in recipe.stage:
+        grpo = stage.algo if isinstance(stage.algo, GRPO) else None
+        stages.add_row(
+            stage.name,
+            stage.algo.name,
+            stage.data,
+            str(stage.steps),
+            str(stage.prompts_per_step),
+            str(stage.prompts_per_step * (grpo.group_size if grpo else 1)),
+            str(grpo.max_staleness) if grpo else "-",
+            f"<= {(grpo.max_staleness + 1) * stage.prompts_per_step}" if grpo else "-",
+            f"{stage.lr:g}",
+        )
+    workers = Table(title="workers", title_justify="left")
+    for column in ("worker", "processes", "each on", "memory each (estimate)"):
+        workers.add_column(column)
+    sampler, learner = recipe.sampler, recipe.learner
+    parameters = num_parameters(recipe)
+    workers.add_row(
+        "sampler (vLLM)",
+        str(sampler.workers),
+        f"{sampler.gpus} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
+        _sampler_memory(recipe, parameters),
+    )
+    workers.add_row(
+        f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
+        str(learner.ranks),
+        f"{learner.gpus_per_rank} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
+        _learner_memory(recipe, parameters),
+    )
+    workers.add_row("verifier", "1", f"{recipe.verifier.workers} child process(es)", "small")
+    size = f"{parameters / 1e6:,.1f} M parameters" if parameters else "size unknown before it is downloaded"
+    facts = (
+        f"model: {recipe.model.path or 'built from scratch'} ({size}); longest sequence {max_model_len(recipe)} tokens\n"
+        f"this machine: {resources.cores} cores, {resources.gpus} GPUs\n"
+        f"run directory: {recipe.directory}"
+    )
+    return Group(facts, stages, workers)
+
+
+def _sampler_memory(recipe: Recipe, parameters: int | None) -> str:
+    sampler = recipe.sampler
+    if parameters is None:
+        return "-"
+    weights = parameters * DTYPE_BYTES[sampler.dtype] / max(sampler.gpus, 1)
+    cache = (
+        f"{sampler.kv_cache_mib} MiB"
+        if sampler.kv_cache_mib
+        else "the rest of the device"
+        if sampler.gpus
+        else "64 MiB"
+    )
+    return f"{_size(weights)} weights + {cache} KV"
+
+
+def _learner_memory(recipe: Recipe, parameters: int | None) -> str:
+    if parameters is None:
+        return "-"
+    learner = recipe.learner
+    width = DTYPE_BYTES[learner.dtype]
+    shard = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    optimizer = parameters * MASTER_AND_MOMENTS_BYTES / shard[0]
+    gradients = parameters * width / shard[1]
+    weights = parameters * width / shard[2]
+    return f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,378 @@
+"""From a recipe to a finished run directory: assemble, train, summarize, and leave no process behind.
+
+run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  rollouts.jsonl  events.jsonl  logs/  checkpoints/
+          exports/<stage>/  summary.json  wandb/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
+from rlpost.cli import EXIT_FAILED, EXIT_INTERRUPTED
+from rlpost.config import GRPO, GeneratedData, Recipe, RecipeError, StageConfig
+from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
+from rlpost.engines.pretrained import check_model_directory
+from rlpost.pipeline.buffer import StagePlan
+from rlpost.pipeline.controller import Controller, RunSettings, Stage
+from rlpost.pipeline.deadlines import within
+from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.ports import WorkerLost
+from rlpost.pipeline.seeds import derive_seed
+from rlpost.plan import max_model_len
+from rlpost.summary import summarize_run
+from rlpost.tracking import RunTracker, WandbOptions
+from rlpost.types import Prompt
+
+HELDOUT_SEED = 0
+"""Held-out problems are the same whatever the run's seed, so that seeds compare."""
+NUM_CHECKED_GENERATED = 32
+"""Generated golds are right by construction; this many are still put before the verifier, to try the verifier."""
+INTERRUPT_SAVE_S = 60.0
+RESUMABLE = {
+    "sampler",
+    "verifier",
+    "tracking",
+    "deadlines",
+    "checkpoint_every",
+    "max_failed_share",
+    "run_dir",
+    "ray_address",
+}
+"""Keys that may change on a resume: they decide how fast a run learns, not what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Everything a run needs before its workers are up."""
+
+    stages: tuple[Stage, ...]
+    eval_sets: tuple[EvalSet, ...]
+    start: Checkpoint | None
+
+
+def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
+    """Run every stage; returns the process's exit code.
+
+    Raises:
+        RecipeError: when the recipe, its model or its data cannot be used; nothing was started then.
+    """
+    started = time.perf_counter()
+    run_dir = recipe.directory.resolve()
+    checkpoint = _open_run_directory(recipe, run_dir, resume=resume, console=console)
+    model_path = _model_directory(recipe, run_dir)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as background:
+        preparing = background.submit(_prepare, recipe, model_path, checkpoint)
+        with _ray(recipe), contextlib.ExitStack() as cleanup:
+            from rlpost.workers.ray_workers import RayWorkers
+
+            workers = RayWorkers(
+                model_path=model_path,
+                sampler=recipe.sampler,
+                learner=recipe.learner,
+                verifier=recipe.verifier,
+                max_model_len=max_model_len(recipe),
+                log_dir=run_dir / "logs",
+            )
+            cleanup.callback(workers.close)
+            plan = preparing.result()
+            tracker = RunTracker(
+                run_dir,
+                name=recipe.name,
+                config=recipe.model_dump(mode="json"),
+                wandb=WandbOptions(
+                    mode=recipe.tracking.wandb, project=recipe.tracking.project, entity=recipe.tracking.entity
+                ),
+                resume_at_step=checkpoint.position.step if checkpoint else 0 if resume else None,
+                stages=[(stage.name, stage.plan.num_steps) for stage in plan.stages],
+                console=console,
+            )
+            with tracker:
+                tracker.log("event", {"event": "ready", "seconds": time.perf_counter() - started})
+                code = _supervise(recipe, plan, workers, tracker, run_dir, console)
+    if code == 0:
+        console.print(summarize_run(run_dir))
+    return code
+
+
+def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, run_dir: Path, console: Console) -> int:
+    """Run the controller; an interrupt saves what was learned, an error says how to go on."""
+    checkpoints = RunCheckpoints(
+        run_dir,
+        fingerprints=[stage.prompts.fingerprint for stage in plan.stages],
+        on_event=lambda name, **details: tracker.log("event", {"event": name, **details}),
+    )
+    controller = Controller(
+        plan.stages,
+        workers,
+        tracker,
+        checkpoints,
+        _settings(recipe),
+        eval_sets=plan.eval_sets,
+        start=plan.start.position if plan.start else None,
+        load_from=plan.start.learner_path if plan.start else None,
+    )
+    first_step = controller.buffer.step
+    hint = f"Continue with the same command and --resume. Logs: {run_dir / 'logs'}"
+    try:
+        asyncio.run(_until_interrupted(controller, checkpoints, first_step))
+    except KeyboardInterrupt:
+        saved = checkpoints.last_step
+        where = f"the policy of step {saved} is saved" if saved is not None else "nothing was learned yet"
+        console.print(f"[bold]interrupted[/]: {where}. {hint}")
+        tracker.close("interrupted")
+        return EXIT_INTERRUPTED
+    except (WorkerLost, RuntimeError, OSError) as error:
+        console.print("[bold red]the run stopped[/]:", style=None, end=" ")
+        console.print(str(error), markup=False)
+        console.print(hint, markup=False)
+        tracker.close(f"{type(error).__name__}: {error}")
+        return EXIT_FAILED
+    return 0
+
+
+async def _until_interrupted(controller: Controller, checkpoints: RunCheckpoints, first_step: int) -> None:
+    """Run; on SIGINT or SIGTERM stop between two steps and write a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: when a signal ended the run.
+    """
+    loop = asyncio.get_running_loop()
+    run = asyncio.ensure_future(controller.run())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, run.cancel)
+    try:
+        await run
+    except asyncio.CancelledError:
+        position = controller.buffer.position()
+        if position.step > first_step and position.step != checkpoints.last_step:
+            saving = checkpoints.write(position, controller.workers.learner)
+            await within(INTERRUPT_SAVE_S, saving, worker="learner", phase="checkpoint on interrupt")
+        raise KeyboardInterrupt from None
+
+
+# -- the run directory -------------------------------------------------------------------------------------------------
+
+
+def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: Console) -> Checkpoint | None:
+    """Claim a fresh directory, or find the checkpoint to continue from."""
+    stored = run_dir / "recipe.json"
+    if not resume:
+        if stored.exists():
+            raise RecipeError(
+                f"{run_dir} already holds a run: continue it with --resume, choose another run_dir, or delete it"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "commit": _commit()}, indent=2))
+        return None
+    if not stored.exists():
+        raise RecipeError(f"nothing to resume: {run_dir} holds no run. Start it without --resume")
+    before: Mapping[str, Any] = json.loads(stored.read_text())["recipe"]
+    now = recipe.model_dump(mode="json")
+    changed = sorted(key for key in now if key not in RESUMABLE and now[key] != before.get(key))
+    if changed:
+        raise RecipeError(
+            f"the recipe differs from the one this run began with in {changed}. Resume with the recipe as it was"
+            f" ({stored}); only {sorted(RESUMABLE)} may change"
+        )
+    checkpoint = latest_checkpoint(
+        run_dir, lambda path, files: console.print(f"passing over {path}: {files} are not as they were written")
+    )
+    if checkpoint is None:
+        console.print("no checkpoint was written before the run stopped: starting from the beginning")
+    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage):
+        raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
+    return checkpoint
+
+
+def _model_directory(recipe: Recipe, run_dir: Path) -> Path:
+    """The policy to start from, as a local directory: built here, given, or from the hub."""
+    build, name = recipe.model.build, recipe.model.path
+    if build is not None:
+        from rlpost.engines.scratch import build_model
+
+        path = run_dir / "model"
+        if not (path / "config.json").exists():
+            build_model(path, **build.model_dump(), seed=derive_seed(recipe.seed, "model") % 2**31)
+        return path
+    assert name is not None
+    path = Path(name)
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(name, ignore_patterns=["*.pt", "*.bin", "*.gguf"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise RecipeError(
+                f"model.path = {name!r} is no directory and could not be downloaded ({type(error).__name__}: {error})."
+                " Check the name and the network; an interrupted download continues when you run the command again"
+            ) from error
+    try:
+        check_model_directory(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return path.resolve()
+
+
+def _commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    result = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+# -- stages and data ---------------------------------------------------------------------------------------------------
+
+
+def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> _Plan:
+    """Load and check all data; resolve the stages."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
+        )
+    used = {stage.data for stage in recipe.stage}
+    prompts = {name: _load(recipe, name, tokenizer) for name in used | {item.data for item in recipe.eval}}
+    stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
+    if checkpoint is not None:
+        for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
+            if stage.prompts.fingerprint != fingerprint:
+                raise RecipeError(
+                    f"the data of stage {stage.name!r} is not what this run began with: cannot resume on it"
+                )
+    eval_sets = tuple(
+        EvalSet(
+            name=item.name,
+            prompts=prompts[item.data][: item.num_prompts],
+            num_samples=item.samples,
+            temperature=item.temperature,
+            max_tokens=item.max_response_tokens,
+        )
+        for item in recipe.eval
+    )
+    return _Plan(stages=stages, eval_sets=eval_sets, start=checkpoint)
+
+
+def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
+    config = recipe.data[name]
+    verifier = recipe.verifier
+    if isinstance(config, GeneratedData):
+        # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
+        seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
+        evals = [item.num_prompts for item in recipe.eval if item.data == name]
+        stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if stage.data == name]
+        prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
+        check_golds(
+            prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, deadline_s=verifier.deadline_s, workers=verifier.workers
+        )
+        return prompts
+    prompts = load_dataset_prompts(config, tokenizer)
+    return check_golds(
+        prompts, max_rejected=config.max_rejected_golds, deadline_s=verifier.deadline_s, workers=verifier.workers
+    )
+
+
+def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
+    algo, learner = config.algo, recipe.learner
+    sampled = isinstance(algo, GRPO)
+    objective: Objective
+    if isinstance(algo, GRPO):
+        objective = PolicyGradient(
+            clip_low=algo.clip_low,
+            clip_high=algo.clip_high,
+            proximal=algo.proximal,
+            tis_cap=algo.tis_cap,
+            kl_coef=algo.kl_coef,
+            normalize_std=algo.normalize_std,
+            aggregation=algo.aggregation,
+        )
+    else:
+        objective = Supervised(aggregation=algo.aggregation)
+        if any(prompt.demonstration_ids is None for prompt in prompts):
+            raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
+    spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
+    threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
+    optimizer = learner.optimizer
+    return Stage(
+        name=config.name,
+        plan=StagePlan(
+            num_steps=config.steps,
+            groups_per_step=config.prompts_per_step,
+            max_staleness=algo.max_staleness if sampled else None,
+        ),
+        prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
+        spec=StageSpec(
+            objective=objective,
+            optimizer=OptimizerSpec(
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                max_grad_norm=optimizer.max_grad_norm,
+            ),
+            temperature=algo.temperature if sampled else 1.0,
+            num_threads=threads,
+        ),
+        group_size=algo.group_size if sampled else 1,
+        max_response_tokens=config.max_response_tokens,
+        lr=config.lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        refill=sampled and algo.refill,
+        patience_s=algo.patience_s if sampled else None,
+    )
+
+
+def _settings(recipe: Recipe) -> RunSettings:
+    deadlines = recipe.deadlines
+    return RunSettings(
+        seed=recipe.seed,
+        limits=Limits(
+            start_s=deadlines.start_s,
+            sample_s=deadlines.sample_s,
+            judge_s=deadlines.judge_s,
+            update_s=deadlines.update_s,
+            learn_s=deadlines.learn_s,
+        ),
+        checkpoint_every=recipe.checkpoint_every,
+        max_failed_share=recipe.max_failed_share,
+        log_groups=recipe.tracking.log_groups,
+    )
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _ray(recipe: Recipe) -> Any:
+    """Join the recipe's cluster, or start one on this machine that ends with the run."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    if recipe.ray_address is not None:
+        ray.init(address=recipe.ray_address, log_to_driver=False)
+    else:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,343 @@
+"""What a run came to: what was learned, where the time went, which weights moved, where everything is.
+
+Everything is read from the run directory, so that the summary can be made again at any time. M x N: a weight matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlpost.tracking import FILES, plain, read_rows
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+KINDS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "gate": "router",
+}
+VERDICTS = ("learner waited", "samplers waited", "balanced")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedWeights:
+    """How much of one kind of tensor changed between two models, compared bit for bit."""
+
+    kind: str
+    """q, k, v, o, gate, up, down, embedding, head, norm, bias, or the name of the module."""
+    num_tensors: int
+    num_entries: int
+    num_unchanged: int
+
+    @property
+    def unchanged_fraction(self) -> float:
+        return self.num_unchanged / self.num_entries
+
+
+def summarize_run(run_dir: Path, moved: Mapping[str, Sequence[MovedWeights]] | None = None) -> Group:
+    """Write `run_dir`/summary.json and return the same, ready to print.
+
+    Args:
+        moved: tables of `moved_weights` by what they compare. None: those between the models the stages exported, as long
+            as they are there, or else those of the previous summary.
+
+    Raises:
+        ValueError: when `run_dir` has no events: nothing was ever run there, or one of its files is damaged.
+    """
+    summary = collect(run_dir)
+    path = run_dir / "summary.json"
+    if moved is None:
+        moved = moved_between_exports(summary["exports"])
+    tables = {label: [asdict(row) for row in rows] for label, rows in moved.items()}
+    if not tables and path.exists():
+        tables = json.loads(path.read_text(encoding="utf-8"))["moved_weights"]
+    summary["moved_weights"] = tables
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(plain(summary), indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)
+    return render(summary)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def collect(run_dir: Path) -> dict[str, Any]:
+    """Everything but the weights, as plain data."""
+    events = list(read_rows(run_dir / FILES["event"]))
+    if not events:
+        raise ValueError(f"{run_dir} has no {FILES['event']}, or an empty one: it is not the directory of a run")
+    run = _Steps(run_dir)
+    named: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        named[event["event"]].append(event)
+    wall_s = sum(end - start for start, end in _sessions(events, run.times))
+    return {
+        "run_dir": str(run_dir),
+        "error": events[-1]["error"]
+        if events[-1]["event"] == "run_end"
+        else "the run is still going on, or was killed",
+        "num_steps": run.num_steps,
+        "num_rollouts": run.num_rollouts,
+        "evals": _learned(read_rows(run_dir / FILES["eval"])),
+        "time": {
+            "wall_s": wall_s,
+            "startup_s": sum(_startups(events)),
+            "steps_s": run.stage_seconds,
+            "workers_s": run.worker_seconds,
+            "verdicts": {verdict: run.verdicts[verdict] for verdict in VERDICTS if run.verdicts[verdict]},
+        },
+        "failures": {
+            "groups": dict(Counter(event["failure"] for event in named["group_failed"])),
+            "samplers_lost": len(named["sampler_lost"]),
+            "resumes": sum(event["resumed_at"] is not None for event in named["run_start"]),
+        },
+        "exports": {event["stage"]: event["path"] for event in named["export"]},
+        "checkpoint": named["checkpoint"][-1]["path"] if named["checkpoint"] else None,
+        "wandb": named["wandb_started"][-1]["where"] if named["wandb_started"] else None,
+    }
+
+
+class _Steps:
+    """Sums over metrics.jsonl, read once and row by row: it may be long."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.num_steps, self.num_rollouts = 0, 0
+        self.times: list[float] = []
+        self.verdicts: Counter[str] = Counter()
+        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self.worker_seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for row in read_rows(run_dir / FILES["step"]):
+            self.num_steps += 1
+            self.times.append(row["time"])
+            self.stage_seconds[row["stage"]] += row["timing_s/step"]
+            if "wait/verdict" in row:
+                self.num_rollouts += round(row["perf/rollouts_per_s"] * row["timing_s/step"])
+                self.verdicts.update(verdict for verdict in VERDICTS if row["wait/verdict"].startswith(verdict))
+            for key, value in row.items():
+                if key.startswith("time/"):
+                    _, worker, state = key.split("/")
+                    self.worker_seconds[worker][state] += float(value)
+
+
+def _sessions(events: Sequence[Mapping[str, Any]], step_times: Sequence[float]) -> Iterator[tuple[float, float]]:
+    """Start and end of each process that worked on the run; a killed one ends with the last row it wrote."""
+    starts = [event["time"] for event in events if event["event"] == "run_start"]
+    times = sorted([*(event["time"] for event in events), *step_times])
+    for start, next_start in zip(starts, [*starts[1:], float("inf")], strict=True):
+        yield start, max(t for t in times if start <= t < next_start)
+
+
+def _startups(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    """Seconds from each start of the process to its first stage."""
+    started: float | None = None
+    for event in events:
+        if event["event"] == "run_start":
+            started = event["time"]
+        elif event["event"] == "stage_start" and started is not None:
+            yield event["time"] - started
+            started = None
+
+
+def _learned(rows: Iterator[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Per eval set, its evaluations in order of version, each with the gain since the one before and since the first.
+
+    The standard error of a gain adds both variances, as if the draws were independent. They are paired (same prompts, same
+    seeds), which makes it an upper estimate.
+    """
+    latest: dict[tuple[str, str], dict[str, Any]] = {(row["eval"], row["when"]): row for row in rows}
+    learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(latest.values(), key=lambda row: row["step"]):
+        earlier = learned[row["eval"]]
+        keys = ("when", "step", "accuracy", "accuracy_se", "num_prompts", "num_samples", "temperature")
+        result = {key: row[key] for key in keys}
+        if earlier:
+            result |= {"gain": _gain(row, earlier[-1]), "gain_since_first": _gain(row, earlier[0])}
+        earlier.append(result)
+    return dict(sorted(learned.items()))
+
+
+def _gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, float]:
+    difference = after["accuracy"] - before["accuracy"]
+    return difference, (after["accuracy_se"] ** 2 + before["accuracy_se"] ** 2) ** 0.5
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
+    """Compares the safetensors of two Hugging Face directories bit for bit, one tensor of each in memory at a time.
+
+    Raises:
+        ValueError: when a directory has none, or the two differ in the names, shapes or dtypes of their tensors.
+    """
+    from safetensors import safe_open
+
+    from rlpost.core.weights import bits
+
+    before, after = _tensor_files(before_dir), _tensor_files(after_dir)
+    if lonely := sorted(before.keys() ^ after.keys()):
+        raise ValueError(
+            f"{before_dir} and {after_dir} are not of one model: only one of them has {', '.join(lonely[:3])}"
+        )
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for name in before:
+        with safe_open(before[name], "pt") as old_file, safe_open(after[name], "pt") as new_file:
+            old_MN, new_MN = old_file.get_tensor(name), new_file.get_tensor(name)
+        if (old_MN.shape, old_MN.dtype) != (new_MN.shape, new_MN.dtype):
+            raise ValueError(
+                f"{name} is {tuple(old_MN.shape)} {old_MN.dtype} in {before_dir}, but {tuple(new_MN.shape)}"
+                f" {new_MN.dtype} in {after_dir}: compare two versions of one model, saved in the same dtype"
+            )
+        counts[_kind(name)].update(
+            tensors=1, entries=old_MN.numel(), unchanged=int((bits(old_MN) == bits(new_MN)).sum())
+        )
+    order = [*KINDS.values(), "norm", "bias"]
+    return [
+        MovedWeights(
+            kind=kind, num_tensors=count["tensors"], num_entries=count["entries"], num_unchanged=count["unchanged"]
+        )
+        for kind, count in sorted(
+            counts.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])
+        )
+    ]
+
+
+def moved_between_exports(exports: Mapping[str, str]) -> dict[str, list[MovedWeights]]:
+    """`moved_weights` from each exported model to the next, as far as they still exist."""
+    present = [(stage, Path(path)) for stage, path in exports.items() if Path(path).is_dir()]
+    pairs = zip(present, present[1:], strict=False)
+    return {f"{old} -> {new}": moved_weights(old_dir, new_dir) for (old, old_dir), (new, new_dir) in pairs}
+
+
+def _tensor_files(model_dir: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    if not files:
+        raise ValueError(f"{model_dir} has no *.safetensors: give the directory that a stage was exported to")
+    return files
+
+
+def _kind(name: str) -> str:
+    *_, module, parameter = ["", *name.split(".")]
+    if parameter == "bias":
+        return "bias"
+    return KINDS.get(module, "norm" if module.endswith("norm") else module)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def render(summary: Mapping[str, Any]) -> Group:
+    """The summary as tables for a terminal of 80 columns or more."""
+    from rich.console import Group
+
+    parts: list[Any] = [_evals_table(summary["evals"]), _time_table(summary["time"])]
+    parts += [_moved_table(label, rows) for label, rows in summary["moved_weights"].items()]
+    parts.append(_places(summary))
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _evals_table(evals: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    table = _table("What was learned", "eval set", "when", "version", "accuracy %", "gain", "in all")
+    for name, results in evals.items():
+        for number, result in enumerate(results):
+            when = "before training" if result["when"] == "start" else f"after {result['when']}"
+            gains = [
+                _points(*result[key], signed=True) if key in result else "" for key in ("gain", "gain_since_first")
+            ]
+            accuracy = _points(result["accuracy"], result["accuracy_se"])
+            label = "" if number else f"{name} (n = {result['num_prompts']})"
+            table.add_row(label, when, str(result["step"]), accuracy, *gains, end_section=number == len(results) - 1)
+    if not evals:
+        table.add_row("no evaluation was made", "", "", "", "", "")
+    return table
+
+
+def _points(value: float, error: float, *, signed: bool = False) -> str:
+    return f"{100 * value:{'+' if signed else ''}.1f} +- {100 * error:.1f}"
+
+
+def _time_table(time: Mapping[str, Any]) -> Table:
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in time["steps_s"].items())
+    title = f"Where the time went: {time['wall_s']:.0f} s, of which start-up {time['startup_s']:.0f} s"
+    table = _table(f"{title}; steps: {stages}" if stages else title, "worker", "seconds", "share of each state")
+    table.columns[2].justify = "left"
+    for worker, states in sorted(time["workers_s"].items()):
+        total = sum(states.values())
+        ordered = sorted(states.items(), key=lambda item: -item[1])
+        shares = "  ".join(f"{state} {seconds / total:.0%}" for state, seconds in ordered if total)
+        table.add_row(worker, f"{total:.0f}", shares)
+    num_judged = sum(time["verdicts"].values())
+    if num_judged:
+        verdicts = ", ".join(f"{verdict} in {count / num_judged:.0%}" for verdict, count in time["verdicts"].items())
+        table.caption, table.caption_justify = f"of {num_judged} steps on rollouts: {verdicts}", "left"
+    return table
+
+
+def _moved_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(f"Which weights moved: {label}", "kind", "tensors", "entries", "moved", "bit for bit unchanged")
+    total = {key: sum(row[key] for row in rows) for key in ("num_tensors", "num_entries", "num_unchanged")}
+    for row in [*rows, {"kind": "all", **total}]:
+        unchanged = row["num_unchanged"] / row["num_entries"]
+        table.add_row(
+            row["kind"],
+            str(row["num_tensors"]),
+            f"{row['num_entries']:,}",
+            f"{row['num_entries'] - row['num_unchanged']:,}",
+            f"{100 * unchanged:.2f} %",
+        )
+    return table
+
+
+def _places(summary: Mapping[str, Any]) -> Any:
+    from rich.text import Text
+
+    run_dir, exports, failures = summary["run_dir"], summary["exports"], summary["failures"]
+    lines = [f"{summary['num_steps']} steps on {summary['num_rollouts']} rollouts"]
+    if summary["error"]:
+        lines.append(f"ended by: {summary['error']}")
+    troubles = [f"{count} groups failed ({kind})" for kind, count in failures["groups"].items()]
+    troubles += [f"{failures['samplers_lost']} samplers lost"] if failures["samplers_lost"] else []
+    troubles += [f"resumed {failures['resumes']} times"] if failures["resumes"] else []
+    if troubles:
+        lines.append("troubles: " + ", ".join(troubles))
+    lines.append(f"figures: {run_dir}/{{{','.join(FILES.values())}}}, summary.json")
+    if summary["wandb"]:
+        lines.append(f"wandb: {summary['wandb']}")
+    if summary["checkpoint"]:
+        lines.append(f"checkpoint: {summary['checkpoint']}")
+    lines += [f"model after {stage}: {path}" for stage, path in exports.items()]
+    if exports:
+        last = list(exports.values())[-1]
+        lines += [f"next: vllm serve {last}", f'or AutoModelForCausalLM.from_pretrained("{last}")']
+    return Text("Where everything is\n", style="bold").append(
+        "\n".join(f"  {line}" for line in lines), style="not bold"
+    )

@@ -1,0 +1,130 @@
+"""Everything in this process, without Ray: the pipeline's specification, for tests that run in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rlpost.core.metrics import StepReport
+from rlpost.core.objective import StageSpec
+from rlpost.engines.base import LearnerEngine, SamplerEngine
+from rlpost.engines.pretrained import save_pretrained
+from rlpost.pipeline.ledger import Ledger
+from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Seconds
+from rlpost.pipeline.step_metrics import WAIT
+from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, WeightUpdate, summarize
+from rlpost.workers.learner_service import LearnerService
+from rlpost.workers.sampler_service import SamplerService
+
+T = TypeVar("T")
+Judge = Callable[[RolloutGroup, Rollout], Judgement]
+
+
+async def _run_here(function: Callable[[], T], /) -> T:
+    return function()
+
+
+class LocalSampler:
+    def __init__(self, name: str, engine: SamplerEngine) -> None:
+        self.name = name
+        self._service = SamplerService(engine, _run_here)
+
+    async def sample(self, request: GroupRequest) -> tuple[RolloutGroup, GroupSummary]:
+        group = await self._service.sample(request)
+        return group, summarize(group)
+
+    async def update(self, export: Export) -> int:
+        return await self._service.update(export.handle)
+
+    async def seconds(self) -> Seconds:
+        return self._service.seconds()
+
+
+class LocalVerifier:
+    name = "verifier-0"
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._ledger = Ledger(WAIT)
+
+    async def judge(self, handle: RolloutGroup) -> tuple[Judgement, ...]:
+        with self._ledger.state("judge"):
+            return tuple(self._judge(handle, rollout) for rollout in handle.rollouts)
+
+    async def seconds(self) -> Seconds:
+        return self._ledger.collect()
+
+
+class LocalLearner:
+    name = "learner-0"
+
+    def __init__(self, engine: LearnerEngine, model_path: Path) -> None:
+        self._engine, self._model_path = engine, model_path
+        self._service = LearnerService(engine)
+
+    async def begin_stage(self, spec: StageSpec) -> None:
+        self._service.begin_stage(spec)
+
+    async def accumulate(
+        self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None
+    ) -> None:
+        self._service.accumulate(
+            [group.handle for group in groups],
+            [group.advantages_G for group in groups],
+            learner_version=learner_version,
+            max_staleness=max_staleness,
+        )
+
+    async def step(self, *, denominator: float, lr: float) -> StepReport:
+        return self._service.step(denominator=denominator, lr=lr)
+
+    async def export(self, version: int) -> Export:
+        update, unchanged = self._service.export(version)
+        return export_of(update, update, unchanged)
+
+    async def save(self, path: Path) -> None:
+        self._service.save(path)
+
+    async def load(self, path: Path) -> None:
+        self._service.load(path)
+
+    async def save_pretrained(self, path: Path) -> None:
+        save_pretrained(self._engine.weights(), self._model_path, path)
+
+    async def seconds(self) -> Seconds:
+        return self._service.seconds()
+
+
+class LocalWorkers:
+    """Samplers, verifier and learner as plain objects; handles are the groups themselves."""
+
+    def __init__(
+        self,
+        samplers: Sequence[LocalSampler],
+        verifier: LocalVerifier,
+        learner: LocalLearner,
+        restart: Callable[[LocalSampler], Awaitable[LocalSampler]] | None = None,
+    ) -> None:
+        self.samplers, self.verifier, self.learner = samplers, verifier, learner
+        self._restart = restart
+
+    def put(self, group: RolloutGroup) -> RolloutGroup:
+        return group
+
+    async def fetch(self, handle: RolloutGroup) -> RolloutGroup:
+        return handle
+
+    async def restart(self, sampler: LocalSampler) -> LocalSampler:
+        assert self._restart is not None, "these samplers share the run's process and cannot be lost"
+        return await self._restart(sampler)
+
+
+def export_of(update: WeightUpdate, handle: object, unchanged: float | None) -> Export:
+    """What the control plane needs to know of `update`, whose tensors live behind `handle`."""
+    return Export(
+        version=update.version,
+        handle=handle,
+        num_bytes=sum(t.numel() * t.element_size() for t in update.tensors.values()),
+        unchanged_fraction=unchanged,
+    )

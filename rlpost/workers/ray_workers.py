@@ -1,0 +1,328 @@
+"""The Ray set: each engine in a worker process of its own, tokens and weights in Ray's object store.
+
+The driver passes object references; a group's arrays go from the sampler to the verifier and the learner without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import torch
+
+from rlpost.config import LearnerConfig, SamplerConfig, VerifierConfig
+from rlpost.core.metrics import StepReport, Tally
+from rlpost.core.objective import StageSpec
+from rlpost.pipeline.ledger import Ledger
+from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Seconds
+from rlpost.pipeline.step_metrics import WAIT
+from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
+from rlpost.workers.local import export_of
+from rlpost.workers.processes import answer, enter_worker, gather_first_error
+from rlpost.workers.wire import PackedGroup, PackedUpdate, pack_group, pack_update, unpack_group, unpack_update
+
+T = TypeVar("T")
+MAX_CONCURRENT_CALLS = 10_000
+"""Groups one sampler or verifier may hold at once; the buffer's bound is far below."""
+
+CPU_KV_CACHE_MIB = 64
+"""Unless the recipe says otherwise: allocating more takes seconds, and a laptop's model needs little."""
+
+
+# -- inside the worker processes ---------------------------------------------------------------------------------------
+
+
+class _SamplerProcess:
+    def __init__(self, model_path: Path, config: SamplerConfig, max_model_len: int, log_path: Path) -> None:
+        enter_worker(log_path)
+        from rlpost.engines.vllm_sampler import VllmSampler
+        from rlpost.workers.sampler_service import SamplerService
+
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        cache_mib = config.kv_cache_mib or (None if config.gpus else CPU_KV_CACHE_MIB)
+        build = lambda: VllmSampler(  # noqa: E731 - built in the thread that will own it
+            model_path,
+            dtype=config.dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_bytes=None if cache_mib is None else cache_mib << 20,
+        )
+        engine = self._thread.submit(build).result()
+        self._service = SamplerService(engine, self._run)
+
+    def _run(self, function: Callable[[], T], /) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def sample(self, request: GroupRequest) -> tuple[PackedGroup, GroupSummary]:
+        group = await self._service.sample(request)
+        return pack_group(group), summarize(group)
+
+    async def update(self, packed: PackedUpdate) -> int:
+        return await self._service.update(unpack_update(packed))
+
+    async def seconds(self) -> Seconds:
+        return self._service.seconds()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+class _VerifierProcess:
+    def __init__(self, config: VerifierConfig, log_path: Path) -> None:
+        enter_worker(log_path)
+        from reward import RewardPool
+
+        self._pool = RewardPool(num_workers=config.workers, deadline_s=config.deadline_s)
+        self._threads = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="judge")
+        self._ledger = Ledger(WAIT)
+        self._num_judging = 0
+
+    async def judge(self, packed: PackedGroup) -> tuple[Judgement, ...]:
+        items = [(packed.prompt.task, text, packed.prompt.reference) for text in packed.texts_G]
+        self._num_judging += 1
+        self._ledger.enter("judge")
+        try:
+            verdicts = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.score_many, items)
+        finally:
+            self._num_judging -= 1
+            if not self._num_judging:
+                self._ledger.enter(WAIT)
+        return tuple(
+            Judgement(reward=v.reward, outcome=v.outcome.value, parts=dict(v.parts), detail=v.detail) for v in verdicts
+        )
+
+    async def seconds(self) -> Seconds:
+        return self._ledger.collect()
+
+    async def close(self) -> None:
+        self._pool.close()
+
+
+class _LearnerProcess:
+    def __init__(
+        self,
+        model_path: Path,
+        config: LearnerConfig,
+        serve_dtype: str,
+        rank: int,
+        master: tuple[str, int],
+        log_path: Path,
+    ) -> None:
+        enter_worker(log_path)
+        from rlpost.engines.deepspeed_learner import DeepSpeedLearner, init_distributed
+        from rlpost.workers.learner_service import LearnerService
+
+        init_distributed(rank=rank, world_size=config.ranks, master_addr=master[0], master_port=master[1])
+        self._rank = rank
+        self._model_path = model_path
+        self._engine = DeepSpeedLearner(
+            model_path,
+            dtype=getattr(torch, config.dtype),
+            zero_stage=config.zero_stage,
+            micro_batch_tokens=config.micro_batch_tokens,
+            serve_dtype=getattr(torch, serve_dtype),
+            rank=rank,
+            world_size=config.ranks,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self._service = LearnerService(self._engine)
+
+    def begin_stage(self, spec: StageSpec) -> None:
+        self._service.begin_stage(spec)
+
+    def accumulate(self, groups: Sequence[GradedGroup], learner_version: int, max_staleness: int | None) -> None:
+        packed = ray.get([g.handle for g in groups]) if isinstance(groups[0].handle, ray.ObjectRef) else None
+        self._service.accumulate(
+            [unpack_group(p) for p in packed] if packed is not None else [g.handle for g in groups],
+            [g.advantages_G for g in groups],
+            learner_version=learner_version,
+            max_staleness=max_staleness,
+        )
+
+    def step(self, denominator: float, lr: float) -> StepReport:
+        return self._service.step(denominator=denominator, lr=lr)
+
+    def export(self, version: int) -> Export | None:
+        update, unchanged = self._service.export(version)
+        if self._rank:
+            return None
+        return export_of(update, ray.put(pack_update(update)), unchanged)
+
+    def save(self, path: Path) -> None:
+        self._service.save(path)
+
+    def load(self, path: Path) -> None:
+        self._service.load(path)
+
+    def save_pretrained(self, path: Path) -> None:
+        from rlpost.engines.pretrained import save_pretrained
+
+        weights = self._engine.weights()
+        if self._rank == 0:
+            save_pretrained(weights, self._model_path, path)
+
+    def seconds(self) -> Seconds:
+        return self._service.seconds()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+# -- in the driver -----------------------------------------------------------------------------------------------------
+
+
+class RaySampler:
+    """Driver-side face of one sampler process."""
+
+    def __init__(self, name: str, actor: Any, log_path: Path) -> None:
+        self.name, self.actor, self.log_path = name, actor, log_path
+
+    async def sample(self, request: GroupRequest) -> tuple[Handle, GroupSummary]:
+        handle, summary = self.actor.sample.options(num_returns=2).remote(request)
+        phase = f"sampling of {request.prompt.id}"
+        return handle, await answer(summary, worker=self.name, phase=phase, log_path=self.log_path)
+
+    async def update(self, export: Export) -> int:
+        call = self.actor.update.remote(export.handle)
+        phase = f"update to version {export.version}"
+        return await answer(call, worker=self.name, phase=phase, log_path=self.log_path)
+
+    async def seconds(self) -> Seconds:
+        return await answer(self.actor.seconds.remote(), worker=self.name, phase="seconds", log_path=self.log_path)
+
+
+class RayVerifier:
+    """Driver-side face of the verifier process, which has a pool of killable children of its own."""
+
+    def __init__(self, name: str, actor: Any, log_path: Path) -> None:
+        self.name, self.actor, self._log_path = name, actor, log_path
+
+    async def judge(self, handle: Handle) -> tuple[Judgement, ...]:
+        return await answer(self.actor.judge.remote(handle), worker=self.name, phase="judging", log_path=self._log_path)
+
+    async def seconds(self) -> Seconds:
+        return await answer(self.actor.seconds.remote(), worker=self.name, phase="seconds", log_path=self._log_path)
+
+
+class RayLearner:
+    """Driver-side face of all learner ranks: every call goes to every rank, because every call may be collective."""
+
+    name = "learner"
+
+    def __init__(self, ranks: Sequence[Any], log_paths: Sequence[Path]) -> None:
+        self.ranks, self._log_paths = ranks, log_paths
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        calls = (
+            answer(getattr(actor, method).remote(*args), worker=f"learner-{rank}", phase=method, log_path=log_path)
+            for rank, (actor, log_path) in enumerate(zip(self.ranks, self._log_paths, strict=True))
+        )
+        return await gather_first_error(*calls)
+
+    async def begin_stage(self, spec: StageSpec) -> None:
+        await self._all("begin_stage", spec)
+
+    async def accumulate(
+        self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None
+    ) -> None:
+        await self._all("accumulate", groups, learner_version, max_staleness)
+
+    async def step(self, *, denominator: float, lr: float) -> StepReport:
+        reports: list[StepReport] = await self._all("step", denominator, lr)
+        return dataclasses.replace(reports[0], tally=Tally.merge(r.tally for r in reports))
+
+    async def export(self, version: int) -> Export:
+        return (await self._all("export", version))[0]
+
+    async def save(self, path: Path) -> None:
+        await self._all("save", path)
+
+    async def load(self, path: Path) -> None:
+        await self._all("load", path)
+
+    async def save_pretrained(self, path: Path) -> None:
+        await self._all("save_pretrained", path)
+
+    async def seconds(self) -> Seconds:
+        return (await self._all("seconds"))[0]
+
+
+class RayWorkers:
+    """Starts, restarts and ends the worker processes of one run."""
+
+    def __init__(
+        self,
+        *,
+        model_path: Path,
+        sampler: SamplerConfig,
+        learner: LearnerConfig,
+        verifier: VerifierConfig,
+        max_model_len: int,
+        log_dir: Path,
+    ) -> None:
+        self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
+        self._log_dir = log_dir
+        self._num_restarts = 0
+        self.learner = self._start_learner(learner)
+        self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
+        log_path = log_dir / "verifier.log"
+        process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
+        self.verifier = RayVerifier("verifier", process.remote(verifier, log_path), log_path)
+
+    def put(self, group: RolloutGroup) -> Handle:
+        return group  # small and made by the driver: it travels with the call that uses it
+
+    async def fetch(self, handle: Handle) -> RolloutGroup:
+        return unpack_group(await handle) if isinstance(handle, ray.ObjectRef) else handle
+
+    async def restart(self, sampler: RaySampler) -> RaySampler:
+        ray.kill(sampler.actor, no_restart=True)
+        self.samplers.remove(sampler)
+        self.samplers.append(self._start_sampler(sampler.name))
+        return self.samplers[-1]
+
+    def close(self) -> None:
+        """End every worker process of this run; safe to call when some are dead already."""
+        for actor in (*(s.actor for s in self.samplers), self.verifier.actor, *self.learner.ranks):
+            ray.kill(actor, no_restart=True)
+
+    def _start_sampler(self, name: str) -> RaySampler:
+        from rlpost.engines.vllm_sampler import environment
+
+        config, log_path = self._sampler_config, self._log_dir / f"{name}.log"
+        process = ray.remote(_SamplerProcess).options(
+            num_cpus=0,
+            num_gpus=config.gpus,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
+        )
+        actor = process.remote(self._model_path, config, self._max_model_len, log_path)
+        return RaySampler(name, actor, log_path)
+
+    def _start_learner(self, config: LearnerConfig) -> RayLearner:
+        master = (ray.util.get_node_ip_address(), _free_port())
+        serve_dtype = self._sampler_config.dtype
+        actors, log_paths = [], []
+        for rank in range(config.ranks):
+            log_paths.append(self._log_dir / f"learner-{rank}.log")
+            process = ray.remote(_LearnerProcess).options(
+                num_cpus=0,
+                num_gpus=config.gpus_per_rank,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
+            )
+            actors.append(process.remote(self._model_path, config, serve_dtype, rank, master, log_paths[-1]))
+        return RayLearner(actors, log_paths)
+
+
+def _free_port() -> int:
+    """A port for the ranks to meet on; free now, which is as much as anyone can know."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,105 @@
+"""Groups and versions as flat arrays, so that they cross process borders without copying tensor by tensor.
+
+Ray hands numpy buffers over by shared memory; a torch tensor would be pickled. Packing changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan, WeightUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedGroup:
+    """A `RolloutGroup` with the sequences of its rollouts laid end to end."""
+
+    prompt: Prompt
+    lengths_G: tuple[int, ...]
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    sampler_logprobs: np.ndarray
+    spans_G: tuple[tuple[VersionSpan, ...], ...]
+    finish_reasons_G: tuple[str, ...]
+    texts_G: tuple[str, ...]
+
+
+def pack_group(group: RolloutGroup) -> PackedGroup:
+    rollouts = group.rollouts
+    return PackedGroup(
+        prompt=group.prompt,
+        lengths_G=tuple(len(r.token_ids) for r in rollouts),
+        token_ids=torch.cat([r.token_ids for r in rollouts]).numpy(),
+        loss_mask=torch.cat([r.loss_mask for r in rollouts]).numpy(),
+        sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).numpy(),
+        spans_G=tuple(r.spans for r in rollouts),
+        finish_reasons_G=tuple(r.finish_reason for r in rollouts),
+        texts_G=tuple(r.text for r in rollouts),
+    )
+
+
+def unpack_group(packed: PackedGroup) -> RolloutGroup:
+    lengths = list(packed.lengths_G)
+    columns = zip(
+        _tensor(packed.token_ids).split(lengths),
+        _tensor(packed.loss_mask).split(lengths),
+        _tensor(packed.sampler_logprobs).split(lengths),
+        packed.spans_G,
+        packed.finish_reasons_G,
+        packed.texts_G,
+        strict=True,
+    )
+    return RolloutGroup(
+        prompt=packed.prompt,
+        rollouts=tuple(
+            Rollout(
+                token_ids=ids, loss_mask=mask, sampler_logprobs=logprobs, spans=spans, finish_reason=reason, text=text
+            )
+            for ids, mask, logprobs, spans, reason, text in columns
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedUpdate:
+    """A `WeightUpdate` as bytes: numpy knows no bfloat16."""
+
+    version: int
+    arrays: Mapping[str, np.ndarray]
+    dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
+    checksums: Mapping[str, str]
+
+
+def pack_update(update: WeightUpdate) -> PackedUpdate:
+    return PackedUpdate(
+        version=update.version,
+        arrays={name: t.contiguous().flatten().view(torch.uint8).numpy() for name, t in update.tensors.items()},
+        dtypes={name: t.dtype for name, t in update.tensors.items()},
+        shapes={name: tuple(t.shape) for name, t in update.tensors.items()},
+        checksums=update.checksums,
+    )
+
+
+def unpack_update(packed: PackedUpdate) -> WeightUpdate:
+    return WeightUpdate(
+        version=packed.version,
+        tensors={
+            name: _tensor(array).view(packed.dtypes[name]).reshape(packed.shapes[name])
+            for name, array in packed.arrays.items()
+        },
+        checksums=packed.checksums,
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # Arrays in Ray's object store are read-only and shared. torch cannot express that, warns, and we never write.
+    if not array.flags.writeable:
+        array = np.lib.stride_tricks.as_strided(array, writeable=False)
+        array = np.frombuffer(memoryview(array).cast("B"), dtype=array.dtype).reshape(array.shape)
+    return torch.from_numpy(array)
