@@ -241,13 +241,12 @@ class Controller:
     # -- train loop ----------------------------------------------------------------------------------------------------
 
     async def _train_loop(self) -> None:
-        start_stage = self.buffer.stage_of(self.buffer.step)
+        start_stage, resumed_stage = self.buffer.stage_of(self.buffer.step), await self._load()
         for index in range(start_stage, len(self.stages)):
             stage = self.stages[index]
-            await self._learn("begin_stage", self.workers.learner.begin_stage(stage.spec))
+            if index != resumed_stage:
+                await self._begin(index)
             if index == start_stage:
-                if self._load_from is not None:
-                    await self._learn("load", self.workers.learner.load(self._load_from))
                 await self._publish()
                 self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
@@ -264,6 +263,18 @@ class Controller:
             await self._publishing
         await asyncio.gather(*self._evals)
         self._bell.ring()
+
+    async def _begin(self, stage_index: int) -> None:
+        await self._learn("begin_stage", self.workers.learner.begin_stage(self.stages[stage_index].spec))
+
+    async def _load(self) -> int | None:
+        """Restore the learner in the stage it was saved in, which may have just ended; returns that stage's index."""
+        if self._load_from is None:
+            return None
+        saved_stage = self.buffer.stage_of(self.buffer.step - 1)
+        await self._begin(saved_stage)
+        await self._learn("load", self.workers.learner.load(self._load_from))
+        return saved_stage
 
     def _steps_into(self, stage_index: int) -> int:
         return self.buffer.step - sum(stage.plan.num_steps for stage in self.stages[:stage_index])

@@ -5,6 +5,7 @@ Ray hands numpy buffers over by shared memory; a torch tensor would be pickled. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,8 +99,7 @@ def unpack_update(packed: PackedUpdate) -> WeightUpdate:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    # Arrays in Ray's object store are read-only and shared. torch cannot express that, warns, and we never write.
-    if not array.flags.writeable:
-        array = np.lib.stride_tricks.as_strided(array, writeable=False)
-        array = np.frombuffer(memoryview(array).cast("B"), dtype=array.dtype).reshape(array.shape)
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        # Arrays in Ray's object store are shared and read-only, which torch cannot express. Nobody here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

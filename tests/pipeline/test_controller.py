@@ -1,0 +1,280 @@
+"""The two loops on the plain pair: synchrony, resume, streaming, failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlpost.core.advantages import group_advantages
+from rlpost.core.objective import PolicyGradient
+from rlpost.core.weights import checksum
+from rlpost.engines.base import RolloutRequest
+from rlpost.engines.plain_learner import PlainLearner
+from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.ports import WorkerLost
+from rlpost.pipeline.seeds import derive_seed
+from rlpost.types import Judgement, RolloutGroup, WeightUpdate
+from tests.pipeline.conftest import PROMPTS, Run, make_stage, parity_judge
+
+MakeRun = Callable[..., Run]
+
+
+def synchronous_loop(model: Path, stage: Any) -> tuple[list[tuple[float, float]], dict[str, str]]:
+    """GRPO as a textbook writes it: sample the batch, learn from it, copy the weights, repeat."""
+    torch.set_num_threads(1)
+    sampler, learner = PlainSampler(model), PlainLearner(model)
+    learner.begin_stage(stage.spec)
+    losses = []
+    for step in range(stage.plan.num_steps):
+        weights = learner.weights()
+        sampler.update(
+            WeightUpdate(version=step, tensors=weights, checksums={n: checksum(t) for n, t in weights.items()})
+        )
+        rollouts, advantages = [], []
+        for place in range(stage.plan.groups_per_step):
+            ordinal = step * stage.plan.groups_per_step + place
+            prompt = stage.prompts[ordinal]
+            for index in range(stage.group_size):
+                seed = derive_seed(0, stage.name, ordinal, index)
+                sampler.add(
+                    RolloutRequest(
+                        id=f"{place}-{index}",
+                        prompt_ids=prompt.token_ids,
+                        seed=seed,
+                        temperature=1.0,
+                        max_tokens=stage.max_response_tokens,
+                    )
+                )
+        done = {}
+        while sampler.has_work():
+            done.update(sampler.step())
+        for place in range(stage.plan.groups_per_step):
+            group = [done[f"{place}-{index}"] for index in range(stage.group_size)]
+            rewards = [parity_judge(RolloutGroup(prompt=PROMPTS[0], rollouts=()), r).reward for r in group]
+            rollouts += group
+            advantages += group_advantages(torch.tensor(rewards), normalize_std=True).tolist()
+        learner.accumulate(rollouts, advantages, learner_version=step, max_staleness=0)
+        num_tokens = sum(r.num_response_tokens for r in rollouts)
+        report = learner.step(denominator=num_tokens, lr=stage.lr)
+        losses.append((report.tally.sums["loss"] / report.tally.sums["tokens"], report.grad_norm))
+    return losses, {n: checksum(t) for n, t in learner.weights().items()}
+
+
+def test_max_staleness_0_is_the_synchronous_loop_bit_for_bit(make_run: MakeRun, tiny_model: Path) -> None:
+    stage = make_stage(staleness=0, steps=4)
+    run = make_run([stage]).start()
+    losses, digest = synchronous_loop(tiny_model, stage)
+    assert run.losses() == losses
+    assert run.digest == digest
+
+
+def test_asynchrony_trains_the_same_prompts_on_older_tokens(make_run: MakeRun) -> None:
+    run = make_run([make_stage(staleness=2, steps=6)]).start()
+    ages = [row["staleness/group_max"] for row in run.tracker.of("step")]
+    assert max(ages) == 2 and ages[0] == 0
+    assert run.controller.buffer.counts["trained"] == 18
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_supervised_stage_hands_over_to_a_sampled_one(make_run: MakeRun, staleness: int) -> None:
+    stages = [make_stage("warm", staleness=None, steps=5), make_stage("rl", staleness=staleness, steps=3)]
+    run = make_run(stages).start()
+    rows = run.tracker.of("step")
+    assert [row["stage"] for row in rows] == ["warm"] * 5 + ["rl"] * 3
+    assert rows[4]["actor/pg_loss"] < rows[0]["actor/pg_loss"]
+    # The first rollouts of the sampled stage were drawn from the version the supervised stage ended with.
+    assert rows[5]["staleness/group_max"] == 0
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param([make_stage(staleness=0, steps=6)], id="within a stage"),
+        pytest.param(
+            [make_stage("a", staleness=None, steps=3), make_stage("b", staleness=0, steps=3)], id="at a stage boundary"
+        ),
+        pytest.param(
+            [make_stage(staleness=0, steps=6, objective=PolicyGradient(kl_coef=0.1))], id="with a reference policy"
+        ),
+    ],
+)
+def test_n_steps_then_resume_then_n_equals_2n_bit_for_bit(make_run: MakeRun, stages: list[Any]) -> None:
+    whole = make_run(stages, checkpoint_every=3).start()
+    middle = next(p for p in whole.checkpoints.written if p.step == 3)
+    resumed = make_run(stages, start=middle, load_from=whole.checkpoints.path(3)).start()
+    assert resumed.losses() == whole.losses()[3:]
+    assert resumed.digest == whole.digest
+
+
+def test_an_asynchronous_resume_trains_the_prompts_the_whole_run_trains(make_run: MakeRun) -> None:
+    stages = [make_stage(staleness=2, steps=6)]
+    whole = make_run(stages, checkpoint_every=2, log_groups=3).start()
+    position = next(p for p in whole.checkpoints.written if p.step == 2)
+    assert any(position.pending), "nothing was in flight: this test would prove nothing"
+    resumed = make_run(stages, start=position, load_from=whole.checkpoints.path(2), log_groups=3).start()
+
+    def trained(run: Run, after: int) -> list[str]:
+        return sorted(row["prompt_id"] for row in run.tracker.of("rollout") if row["step"] > after)
+
+    assert trained(resumed, 2) == trained(whole, 2)
+
+
+def test_groups_reach_the_learner_before_their_batch_is_complete(make_run: MakeRun) -> None:
+    """The first group's gradient is accumulated while the last group has not been sampled yet."""
+    run = make_run([make_stage(staleness=0, steps=1, prompts=4)])
+    log: list[str] = []
+    learner, sampler = run.controller.workers.learner, run.controller.workers.samplers[0]
+    accumulate, sample = learner.accumulate, sampler.sample
+
+    async def logged_accumulate(groups: Any, **kwargs: Any) -> None:
+        log.append("learn")
+        await accumulate(groups, **kwargs)
+
+    async def one_after_another(request: Any) -> Any:
+        async with lock:
+            result = await sample(request)
+            log.append("sampled")
+            await asyncio.sleep(0.01)
+            return result
+
+    lock = asyncio.Lock()
+    learner.accumulate, sampler.sample = logged_accumulate, one_after_another  # type: ignore[method-assign]
+    run.start()
+    assert log.index("learn") < len(log) - 1 - log[::-1].index("sampled")
+
+
+def test_evaluation_judges_one_version_while_training_goes_on(make_run: MakeRun) -> None:
+    sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
+    run = make_run([make_stage("a", staleness=1, steps=3), make_stage("b", staleness=1, steps=2)], eval_sets=sets).start()
+    rows = run.tracker.of("eval")
+    assert [(row["when"], row["step"]) for row in rows] == [("start", 0), ("a", 3), ("b", 5)]
+    assert all(row["num_prompts"] == 4 for row in rows)
+
+
+class DyingSampler:
+    """Dies at its n-th request, and stays dead."""
+
+    def __init__(self, inner: Any, dies_at: int) -> None:
+        self.inner, self.name, self.dies_at, self.num_calls = inner, inner.name, dies_at, 0
+
+    async def sample(self, request: Any) -> Any:
+        self.num_calls += 1
+        if self.num_calls >= self.dies_at:
+            raise WorkerLost(self.name, "sampling", "killed by the test")
+        return await self.inner.sample(request)
+
+    async def update(self, export: Any) -> int:
+        return await self.inner.update(export)
+
+    async def seconds(self) -> Any:
+        return await self.inner.seconds()
+
+
+def test_a_dead_samplers_groups_are_sampled_after_its_restart(make_run: MakeRun) -> None:
+    stage = make_stage(staleness=0, steps=4)
+    undisturbed = make_run([stage]).start()
+
+    async def restart(dead: DyingSampler) -> Any:
+        return dead.inner
+
+    run = make_run([stage], wrap_sampler=lambda s: DyingSampler(s, dies_at=5), restart=restart).start()
+    assert len(run.tracker.events("sampler_lost")) == 1
+    assert run.tracker.events("sampler_restarted")[0]["version"] >= 1
+    # Seeds name the rollout, not the sampler: the run learned exactly what it would have learned undisturbed.
+    assert run.digest == undisturbed.digest
+
+
+def test_a_sampler_that_keeps_dying_ends_the_run_with_its_name(make_run: MakeRun) -> None:
+    async def restart(dead: DyingSampler) -> Any:
+        return dead
+
+    limits = Limits(max_restarts=2)
+    run = make_run([make_stage()], wrap_sampler=lambda s: DyingSampler(s, 2), restart=restart, limits=limits)
+    with pytest.raises(WorkerLost, match="sampler-0 was lost during sampling"):
+        run.start()
+
+
+def test_a_sampler_that_never_answers_is_lost_by_its_deadline(make_run: MakeRun) -> None:
+    class Silent(DyingSampler):
+        async def sample(self, request: Any) -> Any:
+            await asyncio.sleep(3600)
+
+    async def restart(dead: Silent) -> Any:
+        return dead.inner
+
+    limits = Limits(sample_s=2.0)
+    run = make_run([make_stage(steps=2)], wrap_sampler=lambda s: Silent(s, 0), restart=restart, limits=limits).start()
+    assert "no answer within 2 s" in run.tracker.events("sampler_lost")[0]["detail"]
+
+
+def test_a_broken_verifier_is_counted_and_stops_the_run_past_the_limit(make_run: MakeRun) -> None:
+    def broken(group: RolloutGroup, rollout: Any) -> Judgement:
+        return Judgement(reward=0.0, outcome="verifier_error", detail="no such module")
+
+    with pytest.raises(RuntimeError, match=r"groups failed, more than max_failed_share = 0.05.*no such module"):
+        make_run([make_stage()], judge=broken).start()
+
+
+def test_groups_without_signal_are_replaced_when_asked(make_run: MakeRun) -> None:
+    def easy_for_some(group: RolloutGroup, rollout: Any) -> Judgement:
+        if int(group.prompt.id.split("-")[1]) % 2:
+            return Judgement(reward=1.0, outcome="correct")
+        return parity_judge(group, rollout)
+
+    run = make_run([make_stage(staleness=1, steps=3, refill=True)], judge=easy_for_some).start()
+    assert run.controller.buffer.counts["filtered"] > 0
+    assert all(row["reward/frac_zero_std"] == 0 for row in run.tracker.of("step"))
+
+
+def test_prompts_nobody_can_learn_from_end_the_run_with_advice(make_run: MakeRun) -> None:
+    hopeless = lambda group, rollout: Judgement(reward=0.0, outcome="wrong")  # noqa: E731
+    with pytest.raises(RuntimeError, match="too hard or too easy"):
+        make_run([make_stage(refill=True)], judge=hopeless, max_refills=3).start()
+
+
+def test_a_step_without_any_signal_leaves_the_weights_alone(make_run: MakeRun) -> None:
+    hopeless = lambda group, rollout: Judgement(reward=0.0, outcome="wrong")  # noqa: E731
+    run = make_run([make_stage(steps=2)], judge=hopeless)
+    before = run.digest
+    assert run.start().digest == before
+    assert [row["reward/frac_zero_std"] for row in run.tracker.of("step")] == [1.0, 1.0]
+
+
+def test_an_interrupt_between_step_and_commit_leaves_version_and_weights_in_agreement(make_run: MakeRun) -> None:
+    run = make_run([make_stage(staleness=0, steps=5)])
+    learner = run.controller.workers.learner
+    step, num_steps = learner.step, 0
+
+    async def main() -> None:
+        task = asyncio.ensure_future(run.controller.run())
+
+        async def interrupted_step(**kwargs: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            if num_steps == 3:
+                task.cancel()
+                await asyncio.sleep(0.01)
+            return await step(**kwargs)
+
+        learner.step = interrupted_step  # type: ignore[method-assign]
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert run.controller.buffer.step == num_steps == 3
+
+
+def test_seconds_of_every_worker_sum_to_the_time_between_two_steps(make_run: MakeRun) -> None:
+    run = make_run([make_stage(steps=4)]).start()
+    rows = run.tracker.of("step")[1:]
+    for row in rows:
+        for worker in ("learner-0", "sampler-0", "verifier-0"):
+            seconds = sum(v for k, v in row.items() if k.startswith(f"time/{worker}/"))
+            assert seconds == pytest.approx(row["timing_s/step"], abs=0.1)
