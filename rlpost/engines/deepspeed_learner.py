@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +21,15 @@ from torch import Tensor
 # Without it DeepSpeed probes for every accelerator it knows, and warns that it found none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from rlpost.core.batching import collate, plan_micro_batches  # noqa: E402
-from rlpost.core.metrics import StepReport, Tally  # noqa: E402
-from rlpost.core.objective import StageSpec, loss_and_tally  # noqa: E402
-from rlpost.engines.forward import Scorer, load_policy  # noqa: E402
-from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite  # noqa: E402
-from rlpost.types import Rollout  # noqa: E402
+from rlpost.core.batching import collate, plan_micro_batches
+from rlpost.core.metrics import StepReport, Tally
+from rlpost.core.objective import StageSpec, loss_and_tally
+from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
+from rlpost.types import Rollout
 
 MAX_BUCKET_ELEMENTS = 200_000_000
 """Gradients are reduced in buckets of at most this many elements."""
@@ -45,6 +47,8 @@ def init_distributed(
         torch.distributed.DistStoreError: when not all ranks have joined after `timeout_s`.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is renaming, in every ZeRO-3 step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # DeepSpeed would compile this extension on the spot, and a build killed half-way leaves a lock that hangs every
     # later process for ever. gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -96,12 +100,13 @@ class DeepSpeedLearner:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._scorer = Scorer(policy).train()
         num_elements = sum(p.numel() for p in policy.parameters())
-        self._engine: Any = deepspeed.initialize(
-            model=self._scorer,
-            optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
-            config=_config(dtype, zero_stage, num_elements),
-            dist_init_required=False,
-        )[0]
+        with _quiet():
+            self._engine: Any = deepspeed.initialize(
+                model=self._scorer,
+                optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
+                config=_config(dtype, zero_stage, num_elements),
+                dist_init_required=False,
+            )[0]
         self._spec: StageSpec | None = None
         self._reference: Scorer | None = None
         self._tallies: list[Tally] = []
@@ -179,7 +184,7 @@ class DeepSpeedLearner:
         assert not self._num_backwards, "save between steps"
         path.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
-        torch.save({"spec": self._spec, "rng": _rng_state()}, path / f"rank-{self._rank}.pt")
+        torch.save(_rng_state(), path / f"rng-{self._rank}.pt")
         if self._rank == 0:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
             if self._reference is not None:
@@ -188,27 +193,29 @@ class DeepSpeedLearner:
         dist.barrier()
 
     def load(self, path: Path) -> None:
-        """See `LearnerEngine.load`; restores the stage too, so a `begin_stage` after it begins a new one.
+        """See `LearnerEngine.load`.
 
         Raises:
             ValueError: when the checkpoint was written by a learner of another layout.
         """
+        spec = self._spec
+        assert spec is not None, "begin_stage comes first"
         saved, present = json.loads((path / "learner.json").read_text()), self._layout()
         for key, value in present.items():
             if saved[key] != value:
                 raise ValueError(
-                    f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state is"
-                    f" sharded that way, so resume with {key} = {saved[key]}"
+                    f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state"
+                    f" is sharded that way, so resume with {key} = {saved[key]}"
                 )
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+        with _quiet():
+            loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise RuntimeError(f"{path / TAG} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
-        # Our own file, beside DeepSpeed's own pickles.
-        state = torch.load(path / f"rank-{self._rank}.pt", weights_only=False)
-        self._apply(state["spec"])
-        if self._spec is not None and self._spec.objective.needs_reference:
+        # The checkpoint's optimizer settings came with its state: this stage's own prevail.
+        self._apply(spec)
+        if spec.objective.needs_reference:
             self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
-        _set_rng_state(state["rng"])
+        _set_rng_state(torch.load(path / f"rng-{self._rank}.pt", weights_only=True))
 
     def close(self) -> None:
         """Undo DeepSpeed's hooks; a process that makes another learner calls it first."""
@@ -270,6 +277,13 @@ class DeepSpeedLearner:
 
     def _layout(self) -> dict[str, Any]:
         return {"world_size": self._world_size, "zero_stage": self._zero_stage, "dtype": str(self._dtype)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """BF16_Optimizer prints memory reports and debugging lines, whatever its logger's level."""
+    with redirect_stdout(StringIO()):
+        yield
 
 
 def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:

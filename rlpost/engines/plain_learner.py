@@ -94,7 +94,6 @@ class PlainLearner:
         assert not self._tallies, "save between steps"
         path.mkdir(parents=True, exist_ok=True)
         state = {
-            "spec": self._spec,
             "policy": self._scorer.policy.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "reference": None if self._reference is None else self._reference.policy.state_dict(),
@@ -103,11 +102,12 @@ class PlainLearner:
         torch.save(state, path / "plain-learner.pt")
 
     def load(self, path: Path) -> None:
-        """Restores the stage too: no `begin_stage` is needed after it, and one would begin a new stage."""
-        state = torch.load(path / "plain-learner.pt", weights_only=False)
+        spec = self._spec
+        assert spec is not None, "begin_stage comes first"
+        state = torch.load(path / "plain-learner.pt", weights_only=True)
         self._scorer.policy.load_state_dict(state["policy"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._apply(state["spec"])
+        self._apply(spec)
         if state["reference"] is not None:
             self._reference = self._frozen_copy(state["reference"])
         torch.set_rng_state(state["rng"])
