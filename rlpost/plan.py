@@ -72,12 +72,13 @@ def max_model_len(recipe: Recipe) -> int:
 
 
 def num_parameters(recipe: Recipe) -> int | None:
-    """Exact for a model built here or on disk; for a hub name, read off the name ("7B"); None if it says nothing."""
+    """Exact for a model on disk, within a tenth for one to be built; for a hub name, read off the name ("7B"); None if it says nothing."""
     build = recipe.model.build
     if build is not None:
         hidden, head = build.hidden_size, build.vocab_size * build.hidden_size
         attention = 4 * hidden * hidden + 3 * hidden
-        return build.num_layers * (attention + 3 * hidden * 4 * hidden + 2 * hidden) + 2 * head + hidden
+        feed_forward = 3 * hidden * (hidden * 8 // 3)
+        return build.num_layers * (attention + feed_forward + 2 * hidden) + 2 * head + hidden
     assert recipe.model.path is not None
     path = Path(recipe.model.path)
     if path.is_dir():

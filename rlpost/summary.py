@@ -5,6 +5,7 @@ Everything is read from the run directory, so that the summary can be made again
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,8 +53,8 @@ def summarize_run(run_dir: Path, moved: Mapping[str, Sequence[MovedWeights]] | N
     """Write `run_dir`/summary.json and return the same, ready to print.
 
     Args:
-        moved: tables of `moved_weights` by what they compare. None: those between the models the stages exported, as long
-            as they are there, or else those of the previous summary.
+        moved: tables of `moved_weights` by what they compare. None: those between the first model and those the stages
+            exported, as long as they are there, or else those of the previous summary.
 
     Raises:
         ValueError: when `run_dir` has no events: nothing was ever run there, or one of its files is damaged.
@@ -61,7 +62,7 @@ def summarize_run(run_dir: Path, moved: Mapping[str, Sequence[MovedWeights]] | N
     summary = collect(run_dir)
     path = run_dir / "summary.json"
     if moved is None:
-        moved = moved_between_exports(summary["exports"])
+        moved, summary["not_compared"] = moved_between(summary["models"])
     tables = {label: [asdict(row) for row in rows] for label, rows in moved.items()}
     if not tables and path.exists():
         tables = json.loads(path.read_text(encoding="utf-8"))["moved_weights"]
@@ -84,7 +85,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
     named: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         named[event["event"]].append(event)
-    wall_s = sum(end - start for start, end in _sessions(events, run.times))
+    ready_s = sum(event["seconds"] for event in named["ready"])
+    wall_s = ready_s + sum(end - start for start, end in _sessions(events, run.times))
     return {
         "run_dir": str(run_dir),
         "error": events[-1]["error"]
@@ -95,7 +97,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "evals": _learned(read_rows(run_dir / FILES["eval"])),
         "time": {
             "wall_s": wall_s,
-            "startup_s": sum(_startups(events)),
+            "startup_s": ready_s + sum(_startups(events)),
             "steps_s": run.stage_seconds,
             "workers_s": run.worker_seconds,
             "verdicts": {verdict: run.verdicts[verdict] for verdict in VERDICTS if run.verdicts[verdict]},
@@ -105,7 +107,10 @@ def collect(run_dir: Path) -> dict[str, Any]:
             "samplers_lost": len(named["sampler_lost"]),
             "resumes": sum(event["resumed_at"] is not None for event in named["run_start"]),
         },
-        "exports": {event["stage"]: event["path"] for event in named["export"]},
+        "models": {
+            **{"start": event["model"] for event in named["ready"] if event.get("model")},
+            **{event["stage"]: event["path"] for event in named["export"]},
+        },
         "checkpoint": named["checkpoint"][-1]["path"] if named["checkpoint"] else None,
         "wandb": named["wandb_started"][-1]["where"] if named["wandb_started"] else None,
     }
@@ -134,7 +139,7 @@ class _Steps:
 
 
 def _sessions(events: Sequence[Mapping[str, Any]], step_times: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Start and end of each process that worked on the run; a killed one ends with the last row it wrote."""
+    """Start and end of each session, its start-up excluded; a killed one ends with the last row it wrote."""
     starts = [event["time"] for event in events if event["event"] == "run_start"]
     times = sorted([*(event["time"] for event in events), *step_times])
     for start, next_start in zip(starts, [*starts[1:], float("inf")], strict=True):
@@ -142,7 +147,7 @@ def _sessions(events: Sequence[Mapping[str, Any]], step_times: Sequence[float]) 
 
 
 def _startups(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
-    """Seconds from each start of the process to its first stage."""
+    """Seconds from each start of a session to its first stage."""
     started: float | None = None
     for event in events:
         if event["event"] == "run_start":
@@ -155,8 +160,8 @@ def _startups(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
 def _learned(rows: Iterator[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Per eval set, its evaluations in order of version, each with the gain since the one before and since the first.
 
-    The standard error of a gain adds both variances, as if the draws were independent. They are paired (same prompts, same
-    seeds), which makes it an upper estimate.
+    The standard error of a gain adds both variances, as if the draws were independent. They are paired (same prompts,
+    same seeds), which makes it an upper estimate.
     """
     latest: dict[tuple[str, str], dict[str, Any]] = {(row["eval"], row["when"]): row for row in rows}
     learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -216,11 +221,17 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     ]
 
 
-def moved_between_exports(exports: Mapping[str, str]) -> dict[str, list[MovedWeights]]:
-    """`moved_weights` from each exported model to the next, as far as they still exist."""
-    present = [(stage, Path(path)) for stage, path in exports.items() if Path(path).is_dir()]
-    pairs = zip(present, present[1:], strict=False)
-    return {f"{old} -> {new}": moved_weights(old_dir, new_dir) for (old, old_dir), (new, new_dir) in pairs}
+def moved_between(models: Mapping[str, str]) -> tuple[dict[str, list[MovedWeights]], list[str]]:
+    """`moved_weights` from each model to the next, as far as they still exist, and why others cannot be compared."""
+    present = [(when, Path(path)) for when, path in models.items() if Path(path).is_dir()]
+    moved: dict[str, list[MovedWeights]] = {}
+    reasons: list[str] = []
+    for (old, old_dir), (new, new_dir) in itertools.pairwise(present):
+        try:
+            moved[f"{old} -> {new}"] = moved_weights(old_dir, new_dir)
+        except ValueError as error:
+            reasons.append(str(error))
+    return moved, reasons
 
 
 def _tensor_files(model_dir: Path) -> dict[str, Path]:
@@ -248,9 +259,11 @@ def _kind(name: str) -> str:
 def render(summary: Mapping[str, Any]) -> Group:
     """The summary as tables for a terminal of 80 columns or more."""
     from rich.console import Group
+    from rich.text import Text
 
     parts: list[Any] = [_evals_table(summary["evals"]), _time_table(summary["time"])]
     parts += [_moved_table(label, rows) for label, rows in summary["moved_weights"].items()]
+    parts += [Text(f"Weights not compared: {reason}") for reason in summary.get("not_compared", ())]
     parts.append(_places(summary))
     return Group(*parts)
 
@@ -320,7 +333,8 @@ def _moved_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 def _places(summary: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
-    run_dir, exports, failures = summary["run_dir"], summary["exports"], summary["failures"]
+    run_dir, failures = summary["run_dir"], summary["failures"]
+    exports = {stage: path for stage, path in summary["models"].items() if stage != "start"}
     lines = [f"{summary['num_steps']} steps on {summary['num_rollouts']} rollouts"]
     if summary["error"]:
         lines.append(f"ended by: {summary['error']}")

@@ -283,7 +283,11 @@ class WandbMirror:
             config=self._config,
             settings=wandb.Settings(console="off", silent=True, login_timeout=1.0, finish_timeout=8.0),
         )
-        where = f"offline; `wandb sync {self._run_dir}/wandb/offline-run-*` uploads it" if self._mode == "offline" else run.url
+        where = (
+            f"offline; `wandb sync {self._run_dir}/wandb/offline-run-*` uploads it"
+            if self._mode == "offline"
+            else run.url
+        )
         self._on_event("wandb_started", mode=self._mode, id=run.id, where=where)
         return run
 

@@ -23,7 +23,8 @@ HELDOUT_SHARE = 0.1
 SLIP_SHARES: Mapping[str, float] = {"+": 0.4, "-": 0.6, "strict": 0.4, "inclusive": 0.6}
 """Share of demonstrations that slip: additions, subtractions; functions whose bound is strict, or includes its end.
 
-Below one half the greedy policy is right and only sampling slips; above, the greedy policy is wrong too.
+Below one half a policy finetuned on them is right when greedy and slips only when sampling; above, it is wrong even when
+greedy. So finetuning gives about 50 % either way, and what greedy decoding gains is more than sharpening.
 """
 
 
@@ -51,8 +52,8 @@ class Problem:
 class _Draft:
     prompt: str
     right: str
-    slips: tuple[str, ...]
-    """Demonstrations with one slip each; every one is judged wrong."""
+    slip: str
+    """A demonstration with one slip, always judged wrong."""
     slip_share: float
     reference: Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def _stream(family: str, split: Split, seed: int) -> Iterator[Problem]:
             id=f"{family}/{digest[:12]}",
             task=task,
             prompt=draft.prompt,
-            demonstration=rng.choice(draft.slips) if rng.random() < draft.slip_share else draft.right,
+            demonstration=draft.slip if rng.random() < draft.slip_share else draft.right,
             reference=draft.reference,
         )
 
@@ -115,7 +116,7 @@ def _arithmetic(rng: random.Random) -> _Draft:
     return _Draft(
         prompt=f"Compute {100 * hundreds + 10 * a_tens + a_units}{sign}{10 * b_tens + b_units}.\n",
         right=right,
-        slips=(worked(not carry)[0],),
+        slip=worked(not carry)[0],
         slip_share=SLIP_SHARES[sign],
         reference={"answer": str(answer)},
     )
@@ -139,7 +140,8 @@ _COLLECTORS: Mapping[str, tuple[str, Callable[[list[int]], Any]]] = {
 def _functions(rng: random.Random) -> _Draft:
     """"add 3, times 4" of the numbers "at least 12", collected: 138,240 problems.
 
-    A slip moves the bound by its end (x>12 for "at least 12") or leaves out the parentheses (x+3*4).
+    The slip at an inclusive bound is to take it strictly (x>12 for "at least 12"); elsewhere, to leave out the parentheses
+    (x+3*4).
     """
     bound, collector, sign = rng.choice(sorted(_BOUNDS)), rng.choice(sorted(_COLLECTORS)), rng.choice("+-")
     limit, shift, scale = rng.randint(10, 99), rng.randint(2, 9), rng.randint(2, 9)
@@ -159,13 +161,14 @@ def _functions(rng: random.Random) -> _Draft:
         xs = [limit - 1, limit, limit + 1, *(rng.randint(1, 120) for _ in range(3))]
         rng.shuffle(xs)
         tests.append(f"assert f({xs}) == {value(xs)}")
-    other = symbol.removesuffix("=") if "=" in symbol else symbol + "="
+    right = function(f"(x{sign}{shift})*{scale}", symbol)
+    inclusive = "=" in symbol
     return _Draft(
         prompt=f"Write f(xs): for the numbers of xs {bound} {limit}, {'add' if sign == '+' else 'subtract'} {shift},"
         f" times {scale}; return the {collector}.\n",
-        right=function(f"(x{sign}{shift})*{scale}", symbol),
-        slips=(function(f"(x{sign}{shift})*{scale}", other), function(f"x{sign}{shift}*{scale}", symbol)),
-        slip_share=SLIP_SHARES["inclusive" if "=" in symbol else "strict"],
+        right=right,
+        slip=right.replace("=", "") if inclusive else function(f"x{sign}{shift}*{scale}", symbol),
+        slip_share=SLIP_SHARES["inclusive" if inclusive else "strict"],
         reference={"tests": tests, "setup": "", "entry_point": "f"},
     )
 

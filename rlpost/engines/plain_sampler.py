@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rlpost.core.logprobs import selected_logprobs
 from rlpost.core.weights import checksum
 from rlpost.engines.base import RolloutRequest
+from rlpost.engines.forward import load_policy
 from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
 from rlpost.types import Rollout, VersionSpan, WeightUpdate
 
@@ -27,13 +29,13 @@ class _Running:
 class PlainSampler:
     """Every token is a full forward pass over its own prefix at batch size 1.
 
-    Slow, and right by construction: nothing is remembered between tokens, so nothing can be stale after `update`, and no
-    request can touch another's numbers.
+    Slow, and right by construction: nothing is remembered between tokens, so nothing can be stale after `update`, and
+    no request can touch another's numbers.
     """
 
     def __init__(self, model_path: str | Path, *, dtype: str = "float32") -> None:
         path = Path(model_path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        self._model = load_policy(path, getattr(torch, dtype)).eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._end_ids = end_token_ids(path)
         self._max_model_len = int(self._model.config.max_position_embeddings)
@@ -130,6 +132,4 @@ class PlainSampler:
 def _spans(versions: list[int]) -> tuple[VersionSpan, ...]:
     """Runs of equal versions, one per token, as spans."""
     edges = [0, *(i for i in range(1, len(versions)) if versions[i] != versions[i - 1]), len(versions)]
-    return tuple(
-        VersionSpan(version=versions[start], start=start, end=end) for start, end in zip(edges, edges[1:], strict=False)
-    )
+    return tuple(VersionSpan(version=versions[start], start=start, end=end) for start, end in pairwise(edges))

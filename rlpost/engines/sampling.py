@@ -23,7 +23,7 @@ def end_token_ids(model_path: Path) -> frozenset[int]:
     generation_config.json wins over config.json (chat models list more ends there than the architecture has).
 
     Raises:
-        ValueError: if neither file names one: every response would run to its token limit.
+        ValueError: if neither file names one.
     """
     for name in ("generation_config.json", "config.json"):
         file = model_path / name
@@ -31,7 +31,8 @@ def end_token_ids(model_path: Path) -> frozenset[int]:
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     raise ValueError(
-        f"{str(model_path)!r} names no end token: set eos_token_id in its generation_config.json, or no response would end"
+        f"{str(model_path)!r} names no end token: set eos_token_id in its generation_config.json, or every response"
+        " would run to its token limit"
     )
 
 
@@ -46,18 +47,19 @@ def check_request(request: RolloutRequest, *, max_model_len: int, running: Conta
         raise ValueError(f"request {request.id!r} is already running; every request needs an id of its own")
     if not num_prompt or request.max_tokens < 1:
         raise ValueError(
-            f"request {request.id!r} has {num_prompt} prompt tokens and max_tokens {request.max_tokens}; both must be at"
-            " least 1"
+            f"request {request.id!r} has {num_prompt} prompt tokens and max_tokens {request.max_tokens}; both must be"
+            " at least 1"
         )
     if num_prompt + request.max_tokens > max_model_len:
         raise ValueError(
             f"request {request.id!r}: {num_prompt} prompt tokens + max_tokens {request.max_tokens} ="
-            f" {num_prompt + request.max_tokens}, but the sampler holds sequences of {max_model_len}. Leave the prompt out,"
-            " lower max_tokens or raise the sampler's max_model_len"
+            f" {num_prompt + request.max_tokens}, but the sampler holds sequences of {max_model_len}. Leave the prompt"
+            " out, lower max_tokens or raise the sampler's max_model_len"
         )
     if request.temperature and not COLDEST <= request.temperature <= HOTTEST:
         raise ValueError(
-            f"request {request.id!r}: temperature {request.temperature} is neither 0 (greedy) nor in [{COLDEST}, {HOTTEST}]"
+            f"request {request.id!r}: temperature {request.temperature} is neither 0 (greedy) nor in"
+            f" [{COLDEST}, {HOTTEST}]"
         )
 
 

@@ -7,25 +7,25 @@ process it lives in (thread settings, torch.distributed), so it gets a process o
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from transformers import AutoTokenizer
 
-from rlpost.core.weights import bits
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
+from rlpost.engines.weight_proof import load_in_place, prove
 from rlpost.types import Rollout, VersionSpan, WeightUpdate
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
+
+CPU_PREFILL_TOKENS = 2048
+"""Prompt tokens of one step on CPU, unless one prompt alone is longer."""
 
 
 def environment(device: str, *, num_threads: int = 1) -> dict[str, str]:
@@ -97,8 +97,9 @@ class VllmSampler:
             kv_cache_memory_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager or on_cpu,
+            # vLLM 0.32 rewinds the seeded generator of a prompt prefilled in pieces, which CPU generators cannot do.
             enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=max(2048, max_model_len) if on_cpu else None,
+            max_num_batched_tokens=max(CPU_PREFILL_TOKENS, max_model_len, max_num_seqs) if on_cpu else None,
             distributed_executor_backend="uni",
             # A step in flight across `update` would mix two versions in one token.
             async_scheduling=False,
@@ -109,7 +110,7 @@ class VllmSampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        with _live_cpu_weights() if on_cpu else _as_is():
+        with _live_cpu_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
         self._running: dict[str, RolloutRequest] = {}
         self._version = 0
@@ -153,8 +154,8 @@ class VllmSampler:
             check_payload(update)
             if not self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError(f"weight update {update.version}: vLLM did not drop its key-value cache")
-            self._engine.apply_model(lambda model: load(model, update.tensors))
-            self._engine.apply_model(lambda model: prove(model, update.tensors))
+            self._engine.apply_model(lambda model: load_in_place(model, update))
+            self._engine.apply_model(lambda model: prove(model, update))
         except RuntimeError as error:
             self._fault = str(error)
             raise
@@ -172,119 +173,6 @@ class VllmSampler:
             finish_reason=output.finish_reason,
             tokenizer=self._tokenizer,
         )
-
-
-def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` into the model's own storage, through vLLM's loader for its architecture.
-
-    Raises:
-        RuntimeError: naming the tensor that the loader refuses.
-    """
-    _feed(model, tensors, Counter())
-
-
-def prove(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Show that the model holds `tensors` bit for bit and nothing else.
-
-    vLLM's loader runs a second time with every write turned into a comparison: it alone knows how checkpoint tensors are
-    fused, sliced and padded into parameters. Then every element of every parameter must have been compared, and every
-    element of every tensor used.
-
-    Raises:
-        RuntimeError: naming the tensor or parameter that differs, that was left out or that the loader ignored.
-    """
-    used: Counter[str] = Counter()
-    with _CompareInsteadOfWriting(model) as comparison:
-        _feed(model, tensors, used, comparison)
-    for name, tensor in tensors.items():
-        if used[name] != tensor.numel():
-            raise RuntimeError(
-                f"{name}: vLLM's loader used {used[name]} of its {tensor.numel()} values. A tensor the served model has no"
-                " place for must not be published"
-            )
-    for name, parameter in model.named_parameters():
-        if missing := comparison.num_not_compared(parameter):
-            raise RuntimeError(f"{missing} of {parameter.numel()} values of vLLM's {name} are in no published tensor")
-
-
-class _CompareInsteadOfWriting(TorchDispatchMode):
-    """While active, writing into the model compares bits instead, and raises where they differ."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._storages = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
-        self._regions: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
-        self.num_compared = 0
-        """Elements compared with a tensor so far; constants (vLLM zeroes its vocabulary padding) are not counted."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        written = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write and _storage(value) in self._storages
-        ]
-        if not written:
-            return func(*args, **kwargs)
-        (target,) = written
-        if func is torch.ops.aten.copy_.default:
-            self._compare(target, args[1])
-            self.num_compared += target.numel()
-        elif func is torch.ops.aten.fill_.Scalar:
-            self._compare(target, torch.full_like(target, args[1]))
-        else:
-            raise RuntimeError(f"vLLM's loader writes with {func}, which cannot be proved")
-        return target
-
-    def _compare(self, target: Tensor, value: Tensor) -> None:
-        if (target.shape, target.dtype) != (value.shape, value.dtype):
-            raise RuntimeError(
-                f"the model takes {target.dtype} {list(target.shape)}, the update has {value.dtype} {list(value.shape)}"
-            )
-        if not target.is_contiguous():
-            raise RuntimeError("the model keeps it in pieces, which cannot be proved")
-        if num_different := int((bits(target) != bits(value.to(target.device))).sum()):
-            raise RuntimeError(f"{num_different} of {target.numel()} values in the model differ from the update")
-        start = target.storage_offset()
-        self._regions[_storage(target)].add((start, start + target.numel()))
-
-    def num_not_compared(self, parameter: Tensor) -> int:
-        stop = parameter.storage_offset() + parameter.numel()
-        missing, reached = 0, parameter.storage_offset()
-        for region_start, region_stop in sorted(self._regions[_storage(parameter)]):
-            missing += max(min(region_start, stop) - reached, 0)
-            reached = max(reached, region_stop)
-        return missing + max(stop - reached, 0)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _feed(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    used: Counter[str],
-    comparison: _CompareInsteadOfWriting | None = None,
-) -> None:
-    """Run the model's loader over `tensors`, counting in `used` what was compared while each was its latest.
-
-    Loaders take one tensor at a time. One that gathered several first would count wrongly and so fail the proof.
-    """
-    latest = "before the first tensor"
-
-    def one_by_one() -> Iterator[tuple[str, Tensor]]:
-        nonlocal latest
-        for name, tensor in tensors.items():
-            before = comparison.num_compared if comparison else 0
-            latest = name
-            yield name, tensor
-            used[name] += comparison.num_compared - before if comparison else 0
-
-    try:
-        model.load_weights(one_by_one())  # pyright: ignore[reportCallIssue]
-    except Exception as error:
-        raise RuntimeError(f"{latest}: {error}") from error
 
 
 def _sampling_params(request: RolloutRequest, end_ids: list[int]) -> SamplingParams:
@@ -317,14 +205,9 @@ def _check_environment(device: str) -> None:
     for name, value in environment(device).items():
         if name in decisive and os.environ.get(name) != value:
             raise RuntimeError(
-                f"{name} is {os.environ.get(name)!r} and must be {value!r}: start the sampler's process with the variables"
-                f" of vllm_sampler.environment({device!r})"
+                f"{name} is {os.environ.get(name)!r} and must be {value!r}: start the sampler's process with the"
+                f" variables of vllm_sampler.environment({device!r})"
             )
-
-
-@contextmanager
-def _as_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager

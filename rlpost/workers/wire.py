@@ -92,6 +92,8 @@ def unpack_update(packed: PackedUpdate) -> WeightUpdate:
         version=packed.version,
         tensors={
             name: _tensor(array).view(packed.dtypes[name]).reshape(packed.shapes[name])
+            if array.size
+            else torch.empty(packed.shapes[name], dtype=packed.dtypes[name])
             for name, array in packed.arrays.items()
         },
         checksums=packed.checksums,

@@ -1,0 +1,117 @@
+"""Prompts by ordinal, and data that is refused at the door."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpost.config import DatasetData, GeneratedData, RecipeError
+from rlpost.data.sources import ShuffledPrompts, check_golds, load_dataset_prompts, load_generated
+from rlpost.types import Prompt
+
+
+class ByteTokenizer:
+    eos_token_id = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> list[int]:
+        return list(f"<user>{conversation[0]['content']}<assistant>".encode())
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def math_data(path: Path, **changes: Any) -> DatasetData:
+    fields = {"source": "dataset", "path": str(path), "task": "math", "prompt": "Q: {question}\n", "answer": "answer"}
+    return DatasetData(**(fields | changes))  # type: ignore[arg-type]
+
+
+PROMPTS = [Prompt(id=str(i), token_ids=(i,), task="math", reference={}) for i in range(5)]
+
+
+def test_every_epoch_holds_each_prompt_once_in_an_order_of_its_own() -> None:
+    source = ShuffledPrompts(PROMPTS, seed=3)
+    epochs = [[source[5 * e + i].id for i in range(5)] for e in range(4)]
+    assert all(sorted(epoch) == list("01234") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [ShuffledPrompts(PROMPTS, seed=3)[i].id for i in (17, 2, 11)] == [epochs[3][2], epochs[0][2], epochs[2][1]]
+
+
+def test_the_fingerprint_changes_with_data_and_order() -> None:
+    prints = {
+        ShuffledPrompts(PROMPTS, seed=3).fingerprint,
+        ShuffledPrompts(PROMPTS, seed=4).fingerprint,
+        ShuffledPrompts(PROMPTS[:4], seed=3).fingerprint,
+    }
+    assert len(prints) == 3 and ShuffledPrompts(PROMPTS, seed=3).fingerprint in prints
+
+
+def test_columns_become_prompt_and_reference(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"question": "1+1? {x}", "answer": "thus #### 2", "id": "a"}])
+    (prompt,) = load_dataset_prompts(math_data(path, answer_after="####"), ByteTokenizer())
+    assert bytes(prompt.token_ids) == b"Q: 1+1? {x}\n" and prompt.reference == {"answer": "2"} and prompt.id == "a"
+    (chat,) = load_dataset_prompts(math_data(path, chat=True), ByteTokenizer())
+    assert bytes(chat.token_ids).startswith(b"<user>Q: 1+1?")
+
+
+def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no data file at .*none.jsonl"):
+        load_dataset_prompts(math_data(tmp_path / "none.jsonl"), ByteTokenizer())
+    path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": "2"}])
+    with pytest.raises(RecipeError, match=r"no column \['question'\]; it has \['answer', 'problem'\]"):
+        load_dataset_prompts(math_data(path), ByteTokenizer())
+
+
+def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"question": "x" * n, "answer": "2"} for n in (5, 50)])
+    assert len(load_dataset_prompts(math_data(path, max_prompt_tokens=20), ByteTokenizer())) == 1
+    with pytest.raises(RecipeError, match="every prompt is longer than max_prompt_tokens = 3"):
+        load_dataset_prompts(math_data(path, max_prompt_tokens=3), ByteTokenizer())
+
+
+def code_prompt(solution: str) -> Prompt:
+    reference = {"tests": ["assert f(2) == 4"], "setup": "", "entry_point": "f", "solution": solution}
+    return Prompt(id=solution[:20], token_ids=(1,), task="code", reference=reference)
+
+
+def test_golds_their_own_verifier_rejects_are_refused_or_left_out_as_the_recipe_says() -> None:
+    good, bad = code_prompt("def f(x):\n    return 2 * x"), code_prompt("def f(x):\n    return x")
+    with pytest.raises(RecipeError, match=r"1 of 2 gold answers are rejected by their own verifier"):
+        check_golds([good, bad], max_rejected=0.0, deadline_s=5.0, workers=1)
+    assert check_golds([good, bad], max_rejected=0.5, deadline_s=5.0, workers=1) == [good]
+
+
+def test_generated_prompts_are_distinct_and_families_take_turns() -> None:
+    data = GeneratedData(source="generated", families=("arithmetic", "functions"), num_prompts=200)
+    prompts = load_generated(data, ByteTokenizer(), seed=1)
+    assert len({p.id for p in prompts}) == 200
+    assert [p.task for p in prompts[:4]] == ["math", "code", "math", "code"]
+    assert all(p.demonstration_ids and p.demonstration_ids[-1] == 0 for p in prompts)
+    with pytest.raises(RecipeError, match="choose from"):
+        load_generated(GeneratedData(source="generated", families=("poetry",)), ByteTokenizer(), seed=1)
+
+
+@pytest.mark.data
+def test_every_gold_of_gsm8k_and_mbpp_is_accepted_by_its_own_verifier(data_dir: Path) -> None:
+    gsm8k = math_data(data_dir / "gsm8k_test.jsonl.gz", prompt="{problem}")
+    prompts = load_dataset_prompts(gsm8k, ByteTokenizer())
+    assert len(check_golds(prompts, max_rejected=0.0, deadline_s=5.0, workers=1)) == 1319
+    mbpp = DatasetData(
+        source="dataset",
+        path=str(data_dir / "mbpp_sanitized.jsonl.gz"),
+        task="code",
+        prompt="{prompt}",
+        tests="tests",
+        setup="setup",
+        solution="reference_solution",
+        max_prompts=100,
+    )
+    prompts = load_dataset_prompts(mbpp, ByteTokenizer())
+    assert len(check_golds(prompts, max_rejected=0.0, deadline_s=10.0, workers=1)) == 100

@@ -1,0 +1,74 @@
+"""Small models for engines, and versions of their weights that differ a lot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlpost.core.weights import checksum
+from rlpost.types import WeightUpdate
+
+END_IDS = (1, *range(40, 50))
+"""Eleven of about 300 tokens end a response, so that an untrained policy ends some of its own accord."""
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with a list of end tokens, as chat models have."""
+    path = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(tiny_model, path)
+    name = path / "generation_config.json"
+    name.write_text(json.dumps(json.loads(name.read_text()) | {"eos_token_id": list(END_IDS)}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tied_model(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose output layer is its embedding: one tensor, two places."""
+    path = tmp_path_factory.mktemp("tied") / "model"
+    shutil.copytree(served_model, path)
+    config = AutoConfig.from_pretrained(path)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    shutil.copy(served_model / "generation_config.json", path)
+    return path
+
+
+def random_weights(model_path: Path, seed: int) -> dict[str, Tensor]:
+    """Weights of the model's own shapes that have nothing to do with those of another seed."""
+    config = AutoConfig.from_pretrained(model_path)
+    torch.manual_seed(seed)
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.endswith(("norm.weight", "bias")):  # all ones or zeros in a fresh model
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+
+
+def make_update(version: int, tensors: Mapping[str, Tensor]) -> WeightUpdate:
+    return WeightUpdate(version=version, tensors=tensors, checksums={n: checksum(t) for n, t in tensors.items()})
+
+
+class Reference:
+    """Log-probs recomputed from nothing: one full forward pass per sequence with the weights of one version."""
+
+    def __init__(self, model_path: Path) -> None:
+        self._policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def logprobs(self, weights: Mapping[str, Tensor], token_ids: Tensor, *, temperature: float) -> Tensor:
+        """[L] log-prob of every token given those before it; 0 for the first."""
+        for name, parameter in self._policy.named_parameters():
+            parameter.copy_(weights[name])
+        logits = self._policy(input_ids=token_ids[None], use_cache=False).logits[0, :-1]
+        table = torch.log_softmax(logits / temperature, dim=-1)
+        return torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])

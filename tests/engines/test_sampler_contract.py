@@ -1,0 +1,340 @@
+"""What every `SamplerEngine` promises, held against the plain one and against vLLM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlpost.engines.vllm_sampler as vllm_sampler
+from rlpost.core.weights import bits
+from rlpost.engines.base import RolloutRequest, SamplerEngine
+from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.types import Rollout
+from tests.engines.conftest import END_IDS, Reference, make_update, random_weights
+from tests.engines.in_child import SamplerInChild
+
+ENGINES = ["plain", pytest.param("vllm", marks=pytest.mark.engines)]
+MAX_MODEL_LEN = 256
+EXACT = 1e-5
+"""Largest log-prob difference between two float32 implementations; another version's weights are off by more than 1."""
+
+
+@dataclass
+class Subject:
+    """The engine under test, and the weights of every version it was given."""
+
+    engine: SamplerEngine
+    model_path: Path
+    reference: Reference
+    weights: dict[int, Mapping[str, Tensor]]
+
+    def publish(self, seed: int) -> int:
+        """Give it the random weights of `seed` as its next version."""
+        version = self.engine.version + 1
+        self.weights[version] = random_weights(self.model_path, seed)
+        self.engine.update(make_update(version, self.weights[version]))
+        return version
+
+    def finish(self) -> dict[str, Rollout]:
+        rollouts = {}
+        while self.engine.has_work():
+            rollouts.update(self.engine.step())
+        return rollouts
+
+    def sample(self, *requests: RolloutRequest) -> list[Rollout]:
+        for request in requests:
+            self.engine.add(request)
+        rollouts = self.finish()
+        return [rollouts[request.id] for request in requests]
+
+    def largest_error(
+        self, rollout: Rollout, *, temperature: float, weights: Mapping[str, Tensor] | None = None
+    ) -> float:
+        """Against a recomputation with the weights each span names, or with `weights` throughout."""
+        start_of_response = len(rollout.token_ids) - rollout.num_response_tokens
+        errors = []
+        for span in rollout.spans:
+            expected = self.reference.logprobs(
+                weights or self.weights[span.version], rollout.token_ids, temperature=temperature
+            )
+            tokens = slice(start_of_response + span.start, start_of_response + span.end)
+            errors.append((rollout.sampler_logprobs[tokens] - expected[tokens]).abs().max())
+        return float(max(errors))
+
+
+def build_vllm(model_path: Path) -> Any:
+    return vllm_sampler.VllmSampler(
+        model_path, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_bytes=16 << 20
+    )
+
+
+def _subject(kind: str, model_path: Path) -> Iterator[Subject]:
+    environment = vllm_sampler.environment("cpu")
+    engine: Any = (
+        PlainSampler(model_path) if kind == "plain" else SamplerInChild(build_vllm, model_path, env=environment)
+    )
+    try:
+        yield Subject(engine, model_path, Reference(model_path), {})
+    finally:
+        if kind != "plain":
+            engine.close()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def running_subject(request: pytest.FixtureRequest, served_model: Path) -> Iterator[Subject]:
+    yield from _subject(request.param, served_model)
+
+
+@pytest.fixture
+def subject(running_subject: Subject) -> Subject:
+    """An idle engine that holds the weights of seed 1."""
+    assert not running_subject.engine.has_work()
+    running_subject.publish(1)
+    return running_subject
+
+
+_ids = count()
+
+
+def ask(*prompt: int, seed: int = 0, temperature: float = 1.0, max_tokens: int = 40) -> RolloutRequest:
+    return RolloutRequest(
+        id=f"request-{next(_ids)}", prompt_ids=prompt, seed=seed, temperature=temperature, max_tokens=max_tokens
+    )
+
+
+def test_every_logprob_is_that_of_its_version_on_its_own_prefix(subject: Subject) -> None:
+    """Six requests of different lengths, weights replaced by unrelated ones after 9 tokens and again after 8 more."""
+    requests = [ask(*range(50, 53 + 5 * i), seed=i, temperature=0.7) for i in range(6)]
+    for request in requests:
+        subject.engine.add(request)
+    done: dict[str, Rollout] = {}
+    for num_steps, seed in ((9, 2), (8, 3)):
+        for _ in range(num_steps):
+            done.update(subject.engine.step())
+        subject.publish(seed)
+    done.update(subject.finish())
+    assert sum(len(rollout.spans) == 3 for rollout in done.values()) >= 2
+    for rollout in done.values():
+        assert subject.largest_error(rollout, temperature=0.7) < EXACT
+        if len(rollout.spans) > 1:
+            assert [span.end - span.start for span in rollout.spans][:-1] == [9, 8][: len(rollout.spans) - 1]
+            one_version = subject.weights[rollout.spans[-1].version]
+            assert subject.largest_error(rollout, temperature=0.7, weights=one_version) > 1
+
+
+def test_a_prompt_sampled_under_old_weights_is_read_again_under_new_ones(subject: Subject) -> None:
+    """The prompt is longer than any cache block, so that vLLM would find it in its prefix cache."""
+    prompt = tuple(range(50, 250))
+    subject.sample(ask(*prompt, max_tokens=4))
+    subject.publish(2)
+    (rollout,) = subject.sample(ask(*prompt, max_tokens=4))
+    assert subject.largest_error(rollout, temperature=1.0) < EXACT
+
+
+def test_logprobs_are_those_of_the_distribution_after_temperature(subject: Subject) -> None:
+    (rollout,) = subject.sample(ask(60, 61, 62, temperature=0.5))
+    assert subject.largest_error(rollout, temperature=0.5) < EXACT
+    assert subject.largest_error(rollout, temperature=1.0) > 0.1
+
+
+def test_temperature_zero_is_greedy_with_logprobs_at_temperature_one(subject: Subject) -> None:
+    first, second = subject.sample(
+        ask(60, 61, 62, seed=1, temperature=0.0, max_tokens=12), ask(60, 61, 62, seed=2, temperature=0.0, max_tokens=12)
+    )
+    assert torch.equal(first.token_ids, second.token_ids)
+    assert subject.largest_error(first, temperature=1.0) < EXACT
+
+
+def test_a_response_stops_at_its_first_end_token_or_at_its_limit(subject: Subject) -> None:
+    requests = [ask(60 + i, seed=i, max_tokens=24) for i in range(24)]
+    rollouts = subject.sample(*requests)
+    for request, rollout in zip(requests, rollouts, strict=True):
+        response = rollout.token_ids[len(request.prompt_ids) :].tolist()
+        ends = [i for i, token in enumerate(response) if token in END_IDS]
+        if rollout.finish_reason == "stop":
+            assert ends == [len(response) - 1]
+        else:
+            assert rollout.finish_reason == "length" and len(response) == 24 and not ends
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+
+
+def test_mask_spans_and_text_cover_exactly_the_sampled_tokens(subject: Subject) -> None:
+    requests = [ask(*range(60, 61 + i), seed=i, max_tokens=8 + i) for i in range(8)]
+    for request, rollout in zip(requests, subject.sample(*requests), strict=True):
+        num_prompt, num_response = len(request.prompt_ids), rollout.num_response_tokens
+        assert rollout.token_ids[:num_prompt].tolist() == list(request.prompt_ids)
+        assert rollout.loss_mask.tolist() == [False] * num_prompt + [True] * num_response
+        assert (rollout.sampler_logprobs[:num_prompt] == 0).all() and (rollout.sampler_logprobs[num_prompt:] < 0).all()
+        assert [(s.version, s.start, s.end) for s in rollout.spans] == [(subject.engine.version, 0, num_response)]
+        assert "<|eos|>" not in rollout.text
+
+
+def test_a_rollout_depends_on_its_seed(subject: Subject) -> None:
+    prompt = (60, 61, 62)
+    (first,), (again,), (other,) = (subject.sample(ask(*prompt, seed=seed)) for seed in (2**62 + 7, 2**62 + 7, 8))
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert torch.equal(bits(first.sampler_logprobs), bits(again.sampler_logprobs))
+    assert not torch.equal(first.token_ids[:6], other.token_ids[:6])
+
+
+def test_the_seed_outlives_a_swap_of_equal_weights(subject: Subject) -> None:
+    """A swap drops what is cached; the request's random numbers go on where they were."""
+    (undisturbed,) = subject.sample(ask(60, 61, 62, seed=3))
+    subject.engine.add(ask(60, 61, 62, seed=3))
+    for _ in range(5):
+        assert not subject.engine.step()
+    subject.publish(1)
+    (disturbed,) = subject.finish().values()
+    assert len(disturbed.spans) == 2
+    assert torch.equal(undisturbed.token_ids, disturbed.token_ids)
+
+
+def test_many_seeded_prompts_may_arrive_at_once(subject: Subject) -> None:
+    """100 x 24 prompt tokens are more than vLLM reads in a step; pieces of prompts crash its seeded CPU sampling."""
+    rollouts = subject.sample(*(ask(*range(60, 84), seed=i, max_tokens=2) for i in range(100)))
+    assert len({tuple(rollout.token_ids.tolist()) for rollout in rollouts}) > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 254}, "3 prompt tokens \\+ max_tokens 254 = 257"),
+        ({"prompt_ids": ()}, "0 prompt tokens"),
+        ({"max_tokens": 0}, "max_tokens 0"),
+        ({"temperature": 0.001}, "temperature 0.001"),
+    ],
+)
+def test_a_request_that_would_be_sampled_otherwise_is_refused(
+    subject: Subject, change: dict[str, Any], message: str
+) -> None:
+    if isinstance(subject.engine, PlainSampler) and change == {"max_tokens": 254}:
+        change, message = {"max_tokens": 2046}, "3 prompt tokens \\+ max_tokens 2046 = 2049"
+    with pytest.raises(ValueError, match=message):
+        subject.engine.add(replace(ask(60, 61, 62), **change))
+    assert not subject.engine.has_work()
+
+
+def _flip_first_value(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.weight"] = weights["model.norm.weight"].clone()
+    bits(weights["model.norm.weight"])[0] ^= 1
+
+
+def _lose_tensor(weights: dict[str, Tensor]) -> None:
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+
+
+def _cut_tensor(weights: dict[str, Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"][:, :1].contiguous()
+
+
+def _widen_tensor(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.weight"] = weights["model.norm.weight"].double()
+
+
+def _add_tensor(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.bias"] = torch.zeros(64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named", "resign"),
+    [
+        (_flip_first_value, "model.norm.weight", False),
+        (_lose_tensor, "k_proj", False),
+        (_lose_tensor, "model.layers.1.self_attn", True),
+        (_cut_tensor, "lm_head.weight", True),
+        (_widen_tensor, "model.norm.weight", True),
+        (_add_tensor, "model.norm.bias", True),
+    ],
+)
+def test_a_bad_update_is_refused_and_sampling_waits_for_a_good_one(
+    subject: Subject, spoil: Callable[[dict[str, Tensor]], None], named: str, resign: bool
+) -> None:
+    """`resign`: the publisher itself made the mistake, so the checksums agree with it."""
+    version = subject.engine.version
+    subject.engine.add(ask(60, 61, 62, seed=3))
+    for _ in range(5):
+        subject.engine.step()
+    weights = random_weights(subject.model_path, 2)
+    checksums = make_update(version + 1, weights).checksums
+    spoil(weights)
+    update = make_update(version + 1, weights)
+    with pytest.raises(RuntimeError, match=named):
+        subject.engine.update(update if resign else replace(update, checksums=checksums))
+    assert subject.engine.version == version
+    with pytest.raises(RuntimeError, match=named):
+        subject.engine.step()
+    assert subject.engine.has_work()
+    assert subject.publish(2) == version + 1
+    (rollout,) = subject.finish().values()
+    assert [(s.version, s.start) for s in rollout.spans] == [(version, 0), (version + 1, 5)]
+    assert subject.largest_error(rollout, temperature=1.0) < EXACT
+
+
+def test_stats_count_the_requests(subject: Subject) -> None:
+    subject.engine.add(ask(60, seed=1, max_tokens=3))
+    subject.engine.add(ask(61, seed=2, max_tokens=3))
+    subject.engine.step()
+    assert subject.engine.stats() == {"running": 2, "waiting": 0}  # pyright: ignore[reportAttributeAccessIssue]
+    subject.finish()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_tied_output_layer_follows_its_embedding(kind: str, tied_model: Path) -> None:
+    for subject in _subject(kind, tied_model):
+        subject.publish(1)
+        assert "lm_head.weight" not in subject.weights[1]
+        subject.engine.add(ask(60, 61, 62))
+        for _ in range(5):
+            subject.engine.step()
+        subject.publish(2)
+        (rollout,) = subject.finish().values()
+        assert len(rollout.spans) == 2
+        assert subject.largest_error(rollout, temperature=1.0) < EXACT
+
+
+def flip_one_bit_after_loading(sampler: Any, parameter_name: str, index: int) -> None:
+    """Make the next update of this vLLM sampler lose one bit between load and proof."""
+    load = vllm_sampler.load_in_place
+
+    def load_badly(model: Any, update: Any) -> None:
+        load(model, update)
+        vllm_sampler.load_in_place = load
+        bits(dict(model.named_parameters())[parameter_name].data).view(-1)[index] ^= 1
+
+    vllm_sampler.load_in_place = load_badly
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("running_subject", ["vllm"], indirect=True)
+@pytest.mark.parametrize(
+    ("parameter_name", "index", "named"),
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight"),
+        ("model.layers.1.mlp.gate_up_proj.weight", -1, "model.layers.1.mlp.up_proj.weight"),
+        ("model.embed_tokens.weight", -1, "model.embed_tokens.weight"),
+    ],
+)
+def test_vllm_refuses_an_update_that_lost_one_bit_inside_the_model(
+    subject: Subject, parameter_name: str, index: int, named: str
+) -> None:
+    """k_proj starts after q_proj's 64 x 64 values in the fused qkv; the embedding's last rows pad the vocabulary."""
+    assert isinstance(subject.engine, SamplerInChild)
+    version = subject.engine.version
+    subject.engine.call(flip_one_bit_after_loading, parameter_name, index)
+    with pytest.raises(RuntimeError, match=f"{named}.*1 of"):
+        subject.publish(2)
+    assert subject.engine.version == version
+    subject.publish(2)
+
+
+def test_importing_the_vllm_sampler_does_not_import_vllm() -> None:
+    assert vllm_sampler.environment("cpu", num_threads=2)["OMP_NUM_THREADS"] == "2"
+    assert "vllm" not in sys.modules

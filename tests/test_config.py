@@ -1,0 +1,120 @@
+"""The recipe at the door: what is refused, and whether the message names the remedy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpost.config import GRPO, SFT, RecipeError, build_recipe, load_recipe
+from rlpost.plan import Resources, check_resources, max_model_len, num_parameters
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+TREE: dict[str, Any] = {
+    "name": "t",
+    "model": {"path": "some/model-7B"},
+    "data": {"math": {"source": "dataset", "path": "x.jsonl", "task": "math", "prompt": "{problem}", "answer": "answer"}},
+    "defaults": {"steps": 3, "prompts_per_step": 4, "max_response_tokens": 16, "lr": 1e-4, "algo": {"name": "grpo"}},
+    "stage": [
+        {"name": "warm", "data": "math", "algo": {"name": "sft"}, "lr": 1e-3},
+        {"name": "rl", "data": "math", "algo": {"group_size": 16}},
+    ],
+}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(TREE) | changes
+
+
+def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no_settings() -> None:
+    recipe = build_recipe(TREE)
+    warm, rl = recipe.stage
+    assert isinstance(warm.algo, SFT) and warm.lr == 1e-3 and warm.steps == 3
+    assert isinstance(rl.algo, GRPO) and rl.algo.group_size == 16 and rl.algo.max_staleness == 2 and rl.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampler.wokers=2", r"sampler.wokers: no such key; did you mean 'workers'"),
+        ("sede=1", r"sede: no such key; did you mean 'seed'"),
+        ("stage.rl.algo.group_sise=4", r"group_sise: no such key; did you mean 'group_size'"),
+        ("defaults.promts_per_step=4", r"did you mean 'prompts_per_step'"),
+        ("stage.nowhere.lr=1", r"stage.nowhere: no such entry; there are \['warm', 'rl'\]"),
+        ("stage.rl.lr=0", r"stage.1.lr: .*greater than 0 \(got 0\)"),
+        ("stage.rl.data=cod", r"'rl' uses data = 'cod', but \[data\] has \['math'\]"),
+        ("stage.rl.name=warm", r"names must differ"),
+        ("learner.zero_stage=0", r"learner.zero_stage.*1, 2 or 3"),
+        ("data.math.task=code", r'task = "code" needs tests'),
+        ("justaword", r"not of the form key.path=value"),
+        ("model.build.hidden_size=64", r"either path|required"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_with_its_place_and_a_remedy(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipe(TREE, [override])
+
+
+def test_batch_arithmetic_suggests_settings_that_work() -> None:
+    """2 prompts x 2 rollouts = 4 rollouts cannot occupy 6 ranks: 3 prompts (6 rollouts) can, and so can 4 ranks."""
+    overrides = ["stage.rl.prompts_per_step=2", "stage.rl.algo.group_size=2", "learner.ranks=6", "stage.warm.prompts_per_step=6"]
+    with pytest.raises(RecipeError, match=r"prompts_per_step >= 3, or learner.ranks <= 4"):
+        build_recipe(TREE, overrides)
+    build_recipe(TREE, [*overrides, "stage.rl.prompts_per_step=3"])
+    build_recipe(TREE, [*overrides, "learner.ranks=4"])
+
+
+def test_a_response_longer_than_a_micro_batch_is_refused_with_both_ways_out() -> None:
+    with pytest.raises(RecipeError, match=r"micro_batch_tokens >= 40000, or max_response_tokens <= 4096"):
+        build_recipe(TREE, ["stage.rl.max_response_tokens=20000"])
+
+
+def test_overrides_take_toml_values_and_bare_words() -> None:
+    recipe = build_recipe(TREE, ["seed=7", "stage.rl.algo.refill=true", "stage.0.lr=5e-4", "model.path=other/model"])
+    assert recipe.seed == 7 and recipe.stage[1].algo.refill is True and recipe.stage[0].lr == 5e-4  # type: ignore[union-attr]
+    assert recipe.model.path == "other/model"
+
+
+def test_the_file_itself_can_be_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("name = ")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(bad)
+
+
+def test_more_workers_than_cores_or_gpus_is_refused_with_demand_and_supply() -> None:
+    recipe = build_recipe(TREE, ["sampler.workers=3", "learner.ranks=2", "learner.threads=2"])
+    with pytest.raises(RecipeError, match=r"needs 7 cores .* this machine has 2"):
+        check_resources(recipe, Resources(cores=2, gpus=0))
+    check_resources(recipe, Resources(cores=7, gpus=0))
+    recipe = build_recipe(TREE, ["sampler.gpus=1", "sampler.workers=3", "learner.gpus_per_rank=1"])
+    with pytest.raises(RecipeError, match=r"needs 4 GPUs .* this machine has 1"):
+        check_resources(recipe, Resources(cores=64, gpus=1))
+
+
+def test_sizes_are_read_off_what_is_known() -> None:
+    assert num_parameters(build_recipe(TREE)) == 7_000_000_000
+    assert max_model_len(build_recipe(TREE)) == 1024 + 16
+
+
+def test_the_plan_counts_a_built_model_exactly(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from rlpost.engines.scratch import build_model
+
+    build = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 300}
+    build_model(tmp_path, **build, seed=0)
+    exact = sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
+    assert num_parameters(build_recipe(tree(model={"path": str(tmp_path)}))) == exact
+    estimate = num_parameters(build_recipe(tree(model={"build": build})))
+    assert estimate == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
