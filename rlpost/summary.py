@@ -108,7 +108,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
             "resumes": sum(event["resumed_at"] is not None for event in named["run_start"]),
         },
         "models": {
-            **{"start": event["model"] for event in named["ready"] if event.get("model")},
+            **({"start": named["ready"][0]["model"]} if named["ready"] and "model" in named["ready"][0] else {}),
             **{event["stage"]: event["path"] for event in named["export"]},
         },
         "checkpoint": named["checkpoint"][-1]["path"] if named["checkpoint"] else None,

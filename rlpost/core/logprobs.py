@@ -27,7 +27,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         return torch.cat(logprobs), entropies_N
 
     @staticmethod
-    def backward(ctx, grad_N: Tensor, _grad_entropies: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):
+        grad_N, _ = grad_outputs
         logits_NV, token_ids_N = ctx.saved_tensors
         grads_NV = torch.empty_like(logits_NV)
         chunks = zip(

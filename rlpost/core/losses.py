@@ -1,7 +1,7 @@
 """Objectives, one function and one equation each. Axes: B rows, T positions.
 
-Every loss is a *sum* over the micro-batch. The step's denominator (`denominator`) divides the accumulated gradient once,
-when the step is complete, so no gradient depends on how the batch was cut into micro-batches, ranks or arrivals.
+Every loss is a *sum* over the micro-batch. The step's denominator (`denominator`) divides the accumulated gradient
+once, when the step is complete, so no gradient depends on how the batch was cut into micro-batches, ranks or arrivals.
 """
 
 from __future__ import annotations

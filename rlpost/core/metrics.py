@@ -24,7 +24,7 @@ class Tally:
     maxima: dict[str, float] = field(default_factory=dict)
     mismatch_histogram: Tensor = field(default_factory=lambda: torch.zeros(len(MISMATCH_EDGES) + 1))
 
-    def add(self, **sums: float) -> None:
+    def add(self, **sums: float | Tensor) -> None:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
@@ -49,9 +49,20 @@ class StepReport:
 
 
 def tally_policy(
-    batch: TrainingBatch, logprobs_BT: Tensor, entropies_BT: Tensor, *, clip_low: float, clip_high: float, tis_cap: float
+    batch: TrainingBatch,
+    logprobs_BT: Tensor,
+    proximal_logprobs_BT: Tensor,
+    entropies_BT: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    tis_cap: float,
 ) -> Tally:
-    """The policy-gradient figures of one micro-batch: entropy, mismatch by age, ratio tails, clipping."""
+    """The policy-gradient figures of one micro-batch: entropy, mismatch by age, ratio tails, clipping.
+
+    Mismatch is that of the policy and the sampler; clipping and truncation are counted where the loss does them, on
+    policy / proximal and proximal / sampler (see `core.losses.decoupled_surrogate`).
+    """
     mask_BT = batch.loss_mask_BT
     log_ratios = (logprobs_BT.detach() - batch.sampler_logprobs_BT)[mask_BT]
     advantages = batch.advantages_B[:, None].expand_as(mask_BT)[mask_BT]
@@ -60,20 +71,24 @@ def tally_policy(
     if not len(log_ratios):
         return tally
     ratios, gaps = log_ratios.exp(), log_ratios.abs()
+    clip_ratios = (logprobs_BT.detach() - proximal_logprobs_BT)[mask_BT].exp()
+    weights = (proximal_logprobs_BT - batch.sampler_logprobs_BT)[mask_BT].exp()
     tally.add(
         tokens=len(log_ratios),
         entropy=entropies_BT[mask_BT].sum(),
         kl_k3=(ratios - 1 - log_ratios).sum(),
         gap=gaps.sum(),
         ratio_out=((ratios < 0.9) | (ratios > 1.1)).sum(),
-        clipped_low=((ratios < 1 - clip_low) & (advantages < 0)).sum(),
-        clipped_high=((ratios > 1 + clip_high) & (advantages > 0)).sum(),
-        truncated_weight=(ratios > tis_cap).sum(),
+        clipped_low=((clip_ratios < 1 - clip_low) & (advantages < 0)).sum(),
+        clipped_high=((clip_ratios > 1 + clip_high) & (advantages > 0)).sum(),
+        truncated_weight=(weights > tis_cap).sum(),
     )
     for age in ages.unique().tolist():
         tally.add(**{f"tokens_age_{age}": (ages == age).sum(), f"gap_age_{age}": gaps[ages == age].sum()})
     tally.maxima = {"gap": float(gaps.max()), "ratio": float(ratios.max()), "age": float(batch.ages_BT[mask_BT].max())}
-    tally.mismatch_histogram = torch.bincount(torch.bucketize(gaps, MISMATCH_EDGES), minlength=len(MISMATCH_EDGES) + 1).float()
+    tally.mismatch_histogram = torch.bincount(
+        torch.bucketize(gaps, MISMATCH_EDGES), minlength=len(MISMATCH_EDGES) + 1
+    ).float()
     return tally
 
 

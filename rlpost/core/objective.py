@@ -104,6 +104,7 @@ def loss_and_tally(
     tally = tally_policy(
         batch,
         logprobs_BT,
+        proximal_BT,
         entropies_BT,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,

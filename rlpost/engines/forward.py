@@ -19,7 +19,7 @@ FLOAT32_ATTENTION = "rlpost_float32"
 
 
 def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's attention in float32: on CPU its bfloat16 kernel takes up to 4 times as long on rows below 100 tokens."""
+    """PyTorch's attention in float32: on CPU its bfloat16 kernel takes up to 4 times as long on short rows."""
     output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)
     return output.to(query.dtype), weights
 
@@ -69,13 +69,19 @@ class Scorer(nn.Module):
         hidden_BTH = self.policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
         hidden_NH = hidden_BTH[rows_N, positions_N - 1]
-        logits_NV = self.policy.get_output_embeddings()(hidden_NH)
+        logits_NV = _output_layer(self.policy)(hidden_NH)
         logprobs_N, entropies_N = selected_logprobs(
             logits_NV, token_ids_BT[rows_N, positions_N], temperature=temperature
         )
         zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
         index = (rows_N, positions_N)
         return zeros_BT.index_put(index, logprobs_N), zeros_BT.index_put(index, entropies_N)
+
+
+def _output_layer(policy: PreTrainedModel) -> nn.Module:
+    layer = policy.get_output_embeddings()
+    assert layer is not None, "a causal language model has an output layer"
+    return layer
 
 
 def weight_names(policy: nn.Module) -> list[str]:
@@ -103,7 +109,7 @@ def _check(policy: PreTrainedModel, model_path: Path) -> None:
     with torch.no_grad():
         expected = policy(input_ids=token_ids_BT, use_cache=False).logits
         hidden = policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
-        logits = policy.get_output_embeddings()(hidden)
+        logits = _output_layer(policy)(hidden)
     if not torch.equal(expected, logits):
         raise ValueError(
             f"{model_path}: {type(policy).__name__} changes its logits after the output layer (soft-capping or scaling)"

@@ -6,6 +6,7 @@ process it lives in (thread settings, torch.distributed), so it gets a process o
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -110,8 +111,12 @@ class VllmSampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        if on_cpu:
+            _inspect_in_process(path)
         with _live_cpu_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
+        if on_cpu:
+            self._engine.apply_model(_check_live)
         self._running: dict[str, RolloutRequest] = {}
         self._version = 0
         self._engine.set_weight_version(str(self._version))
@@ -208,6 +213,22 @@ def _check_environment(device: str) -> None:
                 f"{name} is {os.environ.get(name)!r} and must be {value!r}: start the sampler's process with the"
                 f" variables of vllm_sampler.environment({device!r})"
             )
+
+
+def _inspect_in_process(model_path: Path) -> None:
+    """Spare a machine's first start 8 s: vLLM would start a process only to look at the model's class."""
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((model_path / "config.json").read_text()).get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _check_live(model: nn.Module) -> None:
+    layers = {name: module.cpu_linear for name, module in model.named_modules() if hasattr(module, "cpu_linear")}
+    packed = [name for name, function in layers.items() if function is not nn.functional.linear]
+    if packed or not layers:
+        raise RuntimeError(f"vLLM packed the weights of {packed or 'every layer'}: an update would not reach them")
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _serve(pipe: Connection, env: dict[str, str], build: Callable[..., Any], arg
     while True:
         try:
             answer = (False, function(engine, *args))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again in the parent
             answer = (True, error)
         pipe.send(answer)
         try:
