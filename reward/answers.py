@@ -25,7 +25,7 @@ def final_answer(response: str) -> str | None:
 
     Only what follows the thinking part (`</think>`) counts.
     """
-    response = response.rpartition("</think>")[2]
+    response = after_thinking(response)
     answer = _last_boxed(response)
     if answer is None:
         matches = list(_PHRASE.finditer(response[-4 * MAX_ANSWER_CHARS :]))
@@ -35,17 +35,28 @@ def final_answer(response: str) -> str | None:
     return answer.strip()
 
 
+def after_thinking(response: str) -> str:
+    """What follows the thinking part; nothing when the response was cut off inside it."""
+    before, closed, after = response.rpartition("</think>")
+    if closed:
+        return after
+    return "" if "<think>" in after else before + after
+
+
 def _last_boxed(text: str) -> str | None:
-    """Contents of the last complete \\boxed{...} or \\fbox{...}, braces balanced."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for position in range(match.end(), min(len(text), match.end() + MAX_ANSWER_CHARS + 2)):
-            if text[position - 1] == "\\" and text[position - 2] != "\\":
-                continue
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[match.end() : position]
-    return None
+    """Contents of the last \\boxed{...} or \\fbox{...}, braces balanced; "" when it was cut off before it closed."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    match = re.compile(r"\\(?:boxed|fbox)\s*\{").match(text, start) if start >= 0 else None
+    if match is None:
+        return None
+    depth = 1
+    for position in range(match.end(), min(len(text), match.end() + MAX_ANSWER_CHARS + 2)):
+        if text[position - 1] == "\\" and text[position - 2] != "\\":
+            continue
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[match.end() : position]
+    return ""
 
 
 def normalize(answer: str) -> str:
@@ -56,7 +67,8 @@ def normalize(answer: str) -> str:
         answer = answer.replace(command, "")
     answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-")
     answer = answer.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("^\\circ", "").replace("^{\\circ}", "")
-    return re.sub(r"\s+", "", answer).rstrip(".")
+    # Space between two digits has a meaning (a mixed number, a list); elsewhere it has none.
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer.strip()).rstrip(".")
 
 
 def exact_number(answer: str) -> Fraction | None:
@@ -103,6 +115,6 @@ def same_for_certain(gold: str, answer: str) -> bool | None:
     left, right = exact_number(gold), exact_number(answer)
     if left is None or right is None:
         return None
-    if "%" in gold or "%" in answer:
+    if ("%" in gold) != ("%" in answer):
         return left == right or left * 100 == right or left == right * 100
     return left == right

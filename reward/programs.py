@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reward.answers import after_thinking
+
 MAX_PROGRAM_CHARS = 100_000
 _FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)```", re.DOTALL)
 
@@ -36,7 +38,7 @@ class TestPlan:
 
 def extract_program(response: str) -> str | None:
     """The last fenced block after the thinking part, or the whole text if there is no fence and it is Python."""
-    response = response.rpartition("</think>")[2]
+    response = after_thinking(response)
     blocks = _FENCE.findall(response)
     program = blocks[-1] if blocks else response
     if not program.strip() or len(program) > MAX_PROGRAM_CHARS or (not blocks and "```" in response):
@@ -64,12 +66,15 @@ def check_code_reference(reference: Mapping[str, Any]) -> None:
             ast.parse(test)
         except SyntaxError as error:
             raise ValueError(f"test {test[:80]!r} is not Python: {error}") from error
-    plan_tests(tuple(tests), reference.get("setup") or "")
+    plan_tests(tuple(tests), reference.get("setup") or "", reference.get("entry_point"))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_tests(tests: tuple[str, ...], setup: str) -> TestPlan:
-    """Sort tests by how they are run; see `TestPlan`."""
+def plan_tests(tests: tuple[str, ...], setup: str, entry_point: str | None = None) -> TestPlan:
+    """Sort tests by how they are run; see `TestPlan`.
+
+    In judged tests only `entry_point` is the candidate's, where the problem names one: a test's own helpers must not be.
+    """
     calls: list[str] = []
     expected: list[Any] = []
     judged: list[str] = []
@@ -81,7 +86,7 @@ def plan_tests(tests: tuple[str, ...], setup: str) -> TestPlan:
             calls.append(comparison[0])
             expected.append(comparison[1])
     free = _free_names(judged, setup)
-    modules = {name for name in free if name in sys.stdlib_module_names}
+    modules = {name for name in free if name in sys.stdlib_module_names} - {entry_point}
     return TestPlan(tuple(calls), tuple(expected), tuple(judged), tuple(sorted(free - modules)), tuple(sorted(modules)))
 
 

@@ -145,6 +145,8 @@ class Sandbox:
             # Any id without rights; one per server, because the process limit counts per id.
             "uid": 30000 + theirs.fileno() % 1000 + 1000 * (os.getpid() % 30),
             "preload": self._preload,
+            # An isolated interpreter finds its own packages only where it was started by their environment's name.
+            "packages": [path for path in sys.path if path.endswith("-packages")] if self._preload else [],
         }
         flags = ["-I", "-X", "utf8"] if self._preload else ["-I", "-S", "-X", "utf8"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()

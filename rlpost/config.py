@@ -219,6 +219,8 @@ class StageConfig(_Table):
     max_response_tokens: Positive
     lr: Annotated[float, Field(gt=0)]
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine fall to zero at the end of the stage."""
 
 
 class EvalConfig(_Table):

@@ -336,6 +336,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         max_response_tokens=config.max_response_tokens,
         lr=config.lr,
         lr_warmup_steps=config.lr_warmup_steps,
+        lr_schedule=config.lr_schedule,
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
     )
@@ -365,7 +366,8 @@ def _settings(recipe: Recipe) -> RunSettings:
 def _ray(recipe: Recipe) -> Any:
     """Join the recipe's cluster, or start one on this machine that ends with the run."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray would run its workers at nice 15: whatever else this machine does would starve the run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if recipe.ray_address is not None:

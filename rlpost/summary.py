@@ -18,6 +18,7 @@ from rlpost.tracking import FILES, plain, read_rows
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
 KINDS = {
     "q_proj": "q",
@@ -31,6 +32,7 @@ KINDS = {
     "lm_head": "head",
     "gate": "router",
 }
+RARE = {"samplers_lost": "samplers lost", "resumes": "resumed"}
 VERDICTS = ("learner waited", "samplers waited", "balanced")
 
 
@@ -257,40 +259,55 @@ def _kind(name: str) -> str:
 
 
 def render(summary: Mapping[str, Any]) -> Group:
-    """The summary as tables for a terminal of 80 columns or more."""
+    """The summary for a terminal of 80 columns or more; only paths may be longer."""
     from rich.console import Group
-    from rich.text import Text
 
-    parts: list[Any] = [_evals_table(summary["evals"]), _time_table(summary["time"])]
-    parts += [_moved_table(label, rows) for label, rows in summary["moved_weights"].items()]
-    parts += [Text(f"Weights not compared: {reason}") for reason in summary.get("not_compared", ())]
-    parts.append(_places(summary))
+    time = summary["time"]
+    stages = "".join(f", {stage} {seconds:.0f} s" for stage, seconds in time["steps_s"].items())
+    parts: list[Any] = [
+        _heading("What was learned", "accuracy and gains in points, +- standard error"),
+        _evals_table(summary["evals"]),
+        _heading("Where the time went", f"{time['wall_s']:.0f} s: start-up {time['startup_s']:.0f} s{stages}"),
+        _time_table(time["workers_s"]),
+    ]
+    if num_judged := sum(time["verdicts"].values()):
+        shares = ", ".join(f"{verdict} in {count / num_judged:.0%}" for verdict, count in time["verdicts"].items())
+        parts.append(f"Of {num_judged} steps on rollouts: {shares}.\n")
+    for label, rows in summary["moved_weights"].items():
+        parts += [_heading("Which weights moved", label), _moved_table(rows)]
+    parts += [_heading("Weights not compared", reason) for reason in summary.get("not_compared", ())]
+    parts += [_heading("Where everything is", summary["run_dir"]), _places(summary)]
     return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _heading(title: str, rest: str) -> Text:
+    from rich.text import Text
+
+    return Text(title, style="bold").append(f"  {rest}", style="not bold")
+
+
+def _table(*columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     return table
 
 
 def _evals_table(evals: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    table = _table("What was learned", "eval set", "when", "version", "accuracy %", "gain", "in all")
+    table = _table("eval set", "n", "after", "version", "accuracy", "gain", "in all")
     for name, results in evals.items():
         for number, result in enumerate(results):
-            when = "before training" if result["when"] == "start" else f"after {result['when']}"
             gains = [
                 _points(*result[key], signed=True) if key in result else "" for key in ("gain", "gain_since_first")
             ]
             accuracy = _points(result["accuracy"], result["accuracy_se"])
-            label = "" if number else f"{name} (n = {result['num_prompts']})"
-            table.add_row(label, when, str(result["step"]), accuracy, *gains, end_section=number == len(results) - 1)
+            label = ("", "") if number else (name, str(result["num_prompts"]))
+            table.add_row(*label, result["when"], str(result["step"]), accuracy, *gains)
     if not evals:
-        table.add_row("no evaluation was made", "", "", "", "", "")
+        table.add_row("no evaluation was made")
     return table
 
 
@@ -298,25 +315,18 @@ def _points(value: float, error: float, *, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f} +- {100 * error:.1f}"
 
 
-def _time_table(time: Mapping[str, Any]) -> Table:
-    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in time["steps_s"].items())
-    title = f"Where the time went: {time['wall_s']:.0f} s, of which start-up {time['startup_s']:.0f} s"
-    table = _table(f"{title}; steps: {stages}" if stages else title, "worker", "seconds", "share of each state")
-    table.columns[2].justify = "left"
-    for worker, states in sorted(time["workers_s"].items()):
+def _time_table(workers_s: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table("worker", "seconds", "share of each state")
+    table.columns[2].justify, table.columns[2].no_wrap = "left", False
+    for worker, states in sorted(workers_s.items()):
         total = sum(states.values())
         ordered = sorted(states.items(), key=lambda item: -item[1])
-        shares = "  ".join(f"{state} {seconds / total:.0%}" for state, seconds in ordered if total)
-        table.add_row(worker, f"{total:.0f}", shares)
-    num_judged = sum(time["verdicts"].values())
-    if num_judged:
-        verdicts = ", ".join(f"{verdict} in {count / num_judged:.0%}" for verdict, count in time["verdicts"].items())
-        table.caption, table.caption_justify = f"of {num_judged} steps on rollouts: {verdicts}", "left"
+        table.add_row(worker, f"{total:.0f}", "  ".join(f"{state} {s / total:.0%}" for state, s in ordered if total))
     return table
 
 
-def _moved_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(f"Which weights moved: {label}", "kind", "tensors", "entries", "moved", "bit for bit unchanged")
+def _moved_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("kind", "tensors", "entries", "moved", "bit for bit unchanged")
     total = {key: sum(row[key] for row in rows) for key in ("num_tensors", "num_entries", "num_unchanged")}
     for row in [*rows, {"kind": "all", **total}]:
         unchanged = row["num_unchanged"] / row["num_entries"]
@@ -330,20 +340,19 @@ def _moved_table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _places(summary: Mapping[str, Any]) -> Any:
+def _places(summary: Mapping[str, Any]) -> Text:
     from rich.text import Text
 
-    run_dir, failures = summary["run_dir"], summary["failures"]
+    failures = summary["failures"]
     exports = {stage: path for stage, path in summary["models"].items() if stage != "start"}
     lines = [f"{summary['num_steps']} steps on {summary['num_rollouts']} rollouts"]
     if summary["error"]:
         lines.append(f"ended by: {summary['error']}")
-    troubles = [f"{count} groups failed ({kind})" for kind, count in failures["groups"].items()]
-    troubles += [f"{failures['samplers_lost']} samplers lost"] if failures["samplers_lost"] else []
-    troubles += [f"resumed {failures['resumes']} times"] if failures["resumes"] else []
+    troubles = [f"groups failed ({kind}): {count}" for kind, count in failures["groups"].items()]
+    troubles += [f"{what}: {failures[key]}" for key, what in RARE.items() if failures[key]]
     if troubles:
-        lines.append("troubles: " + ", ".join(troubles))
-    lines.append(f"figures: {run_dir}/{{{','.join(FILES.values())}}}, summary.json")
+        lines.append(", ".join(troubles))
+    lines.append(f"figures: {', '.join(FILES.values())}, summary.json")
     if summary["wandb"]:
         lines.append(f"wandb: {summary['wandb']}")
     if summary["checkpoint"]:
@@ -351,7 +360,5 @@ def _places(summary: Mapping[str, Any]) -> Any:
     lines += [f"model after {stage}: {path}" for stage, path in exports.items()]
     if exports:
         last = list(exports.values())[-1]
-        lines += [f"next: vllm serve {last}", f'or AutoModelForCausalLM.from_pretrained("{last}")']
-    return Text("Where everything is\n", style="bold").append(
-        "\n".join(f"  {line}" for line in lines), style="not bold"
-    )
+        lines.append(f'try it: vllm serve {last}, or AutoModelForCausalLM.from_pretrained("{last}")')
+    return Text("\n".join(f"  {line}" for line in lines))

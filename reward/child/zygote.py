@@ -173,13 +173,14 @@ def _children_of(parent: int) -> list[int]:
 
 
 def main() -> None:
-    """argv[1]: {"fd", "tier", "readable", "limits", "tmp_bytes", "uid", "preload"} as JSON."""
+    """argv[1]: {"fd", "tier", "readable", "limits", "tmp_bytes", "uid", "preload", "packages"} as JSON."""
     settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=settings["fd"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pid_namespace = enter_tier(settings["tier"], settings["readable"])
     jail.prctl(jail.PR_SET_DUMPABLE, 0)
+    sys.path += [path for path in settings["packages"] if path not in sys.path]
     programs.preload(settings["preload"])
     os.environ.clear()
     os.environ["HOME"] = os.environ["TMPDIR"] = "/tmp"

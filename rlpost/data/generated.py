@@ -1,9 +1,9 @@
 """Endless generated problems for small models: column arithmetic answered in \\boxed{}, and one-line Python functions.
 
 The demonstrations are like people's: the method is always sound, and a fixed share of them slips in one place (a carry
-forgotten, a bound taken strictly that should not be, parentheses left out). A policy finetuned on them is therefore right
-about half the time however long it trains, and reinforcement learning has something definite to remove. `SLIP_SHARES` says
-how often which kind of problem is demonstrated wrongly; the references are always right.
+forgotten, a bound taken strictly that should not be, parentheses left out). A policy finetuned on them is therefore
+right about half the time however long it trains, and reinforcement learning has something definite to remove.
+`SLIP_SHARES` says how often which kind of problem is demonstrated wrongly; the references are always right.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HELDOUT_SHARE = 0.1
 SLIP_SHARES: Mapping[str, float] = {"+": 0.4, "-": 0.6, "strict": 0.4, "inclusive": 0.6}
 """Share of demonstrations that slip: additions, subtractions; functions whose bound is strict, or includes its end.
 
-Below one half a policy finetuned on them is right when greedy and slips only when sampling; above, it is wrong even when
-greedy. So finetuning gives about 50 % either way, and what greedy decoding gains is more than sharpening.
+Below one half a policy finetuned on them is right when greedy and slips only when sampling; above, it is wrong even
+when greedy. So finetuning gives about 50 % either way, and what greedy decoding gains is more than sharpening.
 """
 
 
@@ -34,7 +34,7 @@ class Problem:
 
     Example:
         Problem(id="arithmetic/9f86d081884c", task="math", prompt="Compute 347+28.\\n", reference={"answer": "375"},
-        demonstration="7+8=15\\n4+2+1=7\\n\\\\boxed{375}")
+        demonstration="7+8=5, carry 1\\n4+2+1=7\\n\\\\boxed{375}")
     """
 
     id: str
@@ -94,29 +94,33 @@ def _stream(family: str, split: Split, seed: int) -> Iterator[Problem]:
 
 
 def _arithmetic(rng: random.Random) -> _Draft:
-    """347+28 is worked as 7+8=15, 4+2+1=7, then 375: units, tens with the carry, hundreds copied.
+    """347+28 is worked as "7+8=5, carry 1", "4+2+1=7", then 375: units, tens with the carry, hundreds copied.
 
-    Digits are drawn so that the tens never carry or borrow, with or without the slip: 64,800 problems.
+    A slip forgets the carry, or takes one that is not there. Digits are drawn so that the tens never carry or borrow,
+    with or without the slip: 64,800 problems, all equally likely, all written in the same columns.
     """
-    sign = rng.choice("+-")
-    hundreds, b_tens = rng.randint(1, 9), rng.randint(1, 8)
-    a_tens = rng.randint(0, 8 - b_tens) if sign == "+" else rng.randint(b_tens + 1, 9)
+    sign, hundreds = rng.choice("+-"), rng.randint(1, 9)
+    low, high = sorted(rng.sample(range(1, 10), 2))
+    a_tens, b_tens = (low - 1, high - low) if sign == "+" else (high, low)
     a_units, b_units = rng.randint(0, 9), rng.randint(0, 9)
-    carry = a_units + b_units > 9 if sign == "+" else a_units < b_units
+    units = a_units + b_units if sign == "+" else a_units - b_units
+    carry = int(not 0 <= units <= 9)
 
-    def worked(carry_taken: bool) -> tuple[str, int]:
-        top = a_units + 10 * (sign == "-" and carry)
-        units = top + b_units if sign == "+" else top - b_units
-        tens = a_tens + b_tens + carry_taken if sign == "+" else a_tens - b_tens - carry_taken
+    def worked(taken: int) -> tuple[str, int]:
+        tens = a_tens + b_tens + taken if sign == "+" else a_tens - b_tens - taken
         answer = 100 * hundreds + 10 * tens + units % 10
-        taken = f"{sign}1" if carry_taken else ""
-        return f"{top}{sign}{b_units}={units}\n{a_tens}{sign}{b_tens}{taken}={tens}\n\\boxed{{{answer}}}", answer
+        lines = (
+            f"{a_units}{sign}{b_units}={units % 10}, {'carry' if sign == '+' else 'borrow'} {carry}",
+            f"{a_tens}{sign}{b_tens}{sign}{taken}={tens}",
+            f"\\boxed{{{answer}}}",
+        )
+        return "\n".join(lines), answer
 
     right, answer = worked(carry)
     return _Draft(
         prompt=f"Compute {100 * hundreds + 10 * a_tens + a_units}{sign}{10 * b_tens + b_units}.\n",
         right=right,
-        slip=worked(not carry)[0],
+        slip=worked(1 - carry)[0],
         slip_share=SLIP_SHARES[sign],
         reference={"answer": str(answer)},
     )
@@ -138,10 +142,10 @@ _COLLECTORS: Mapping[str, tuple[str, Callable[[list[int]], Any]]] = {
 
 
 def _functions(rng: random.Random) -> _Draft:
-    """"add 3, times 4" of the numbers "at least 12", collected: 138,240 problems.
+    """Numbers "at least 12", "add 3, times 4", collected: 138,240 problems, all equally likely.
 
-    The slip at an inclusive bound is to take it strictly (x>12 for "at least 12"); elsewhere, to leave out the parentheses
-    (x+3*4).
+    The slip at an inclusive bound is to take it strictly (x>12 for "at least 12"); elsewhere, to leave out the
+    parentheses (x+3*4).
     """
     bound, collector, sign = rng.choice(sorted(_BOUNDS)), rng.choice(sorted(_COLLECTORS)), rng.choice("+-")
     limit, shift, scale = rng.randint(10, 99), rng.randint(2, 9), rng.randint(2, 9)
@@ -155,17 +159,21 @@ def _functions(rng: random.Random) -> _Draft:
     def value(xs: list[int]) -> Any:
         return collect([(x + shift if sign == "+" else x - shift) * scale for x in xs if holds(x, limit)])
 
+    prompt = (
+        f"Write f(xs): for the numbers of xs {bound} {limit}, {'add' if sign == '+' else 'subtract'} {shift},"
+        f" times {scale}; return the {collector}.\n"
+    )
+    numbers = random.Random(prompt)
     tests = []
     for _ in range(3):
         # The limit and both its neighbours: every comparison with the limit selects differently.
-        xs = [limit - 1, limit, limit + 1, *(rng.randint(1, 120) for _ in range(3))]
-        rng.shuffle(xs)
+        xs = [limit - 1, limit, limit + 1, *(numbers.randint(1, 120) for _ in range(3))]
+        numbers.shuffle(xs)
         tests.append(f"assert f({xs}) == {value(xs)}")
     right = function(f"(x{sign}{shift})*{scale}", symbol)
     inclusive = "=" in symbol
     return _Draft(
-        prompt=f"Write f(xs): for the numbers of xs {bound} {limit}, {'add' if sign == '+' else 'subtract'} {shift},"
-        f" times {scale}; return the {collector}.\n",
+        prompt=prompt,
         right=right,
         slip=right.replace("=", "") if inclusive else function(f"x{sign}{shift}*{scale}", symbol),
         slip_share=SLIP_SHARES["inclusive" if inclusive else "strict"],

@@ -91,7 +91,10 @@ class LearnerEngine(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write this rank's model, optimizer and RNG state under `path` (collective)."""
+        """Write this rank's model, optimizer and RNG state under `path`, as of the last step (collective).
+
+        What was accumulated since is not part of it: an interrupted run trains those groups again.
+        """
         ...
 
     def load(self, path: Path) -> None:

@@ -181,7 +181,6 @@ class DeepSpeedLearner:
         return {name: p.to("cpu", self._serve_dtype, copy=True) for name, p in self._gathered()}
 
     def save(self, path: Path) -> None:
-        assert not self._num_backwards, "save between steps"
         path.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
         torch.save(_rng_state(), path / f"rng-{self._rank}.pt")

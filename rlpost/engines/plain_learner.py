@@ -91,7 +91,6 @@ class PlainLearner:
         return {name: p.detach().to(self._serve_dtype, copy=True) for name, p in named}
 
     def save(self, path: Path) -> None:
-        assert not self._tallies, "save between steps"
         path.mkdir(parents=True, exist_ok=True)
         state = {
             "policy": self._scorer.policy.state_dict(),

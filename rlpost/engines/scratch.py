@@ -1,4 +1,8 @@
-"""Builds a small Qwen2 policy and its byte-level tokenizer from nothing, as a normal Hugging Face directory."""
+"""Builds a small Llama policy and its byte-level tokenizer from nothing, as a normal Hugging Face directory.
+
+Llama rather than Qwen2: for a directory whose model type is "qwen2", transformers' AutoTokenizer ignores how
+tokenizer.json splits text and puts Qwen2's own splitting (and end token) in place, whatever tokenizer_config.json says.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlpost.data.generated import FAMILIES, problems
 
@@ -31,7 +35,7 @@ def build_model(
     seed: int,
     max_positions: int = 2048,
 ) -> None:
-    """Write an untrained Qwen2 model and its tokenizer to `path`; transformers and vLLM load it as any other.
+    """Write an untrained Llama model and its tokenizer to `path`; transformers and vLLM load it as any other.
 
     Args:
         vocab_size: most tokens the tokenizer may learn; fewer when the generated problems offer fewer merges.
@@ -43,7 +47,7 @@ def build_model(
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     _check_sizes(hidden_size, num_heads, num_kv_heads, vocab_size)
     tokenizer = build_tokenizer(_generated_texts(), vocab_size=vocab_size, max_length=max_positions)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=_intermediate_size(hidden_size),
@@ -53,14 +57,13 @@ def build_model(
         max_position_embeddings=max_positions,
         initializer_range=hidden_size**-0.5,
         tie_word_embeddings=False,
-        use_sliding_window=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = LlamaForCausalLM(config)
     # Sampling parameters are the recipe's; a directory that carries defaults of its own would change them silently.
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -31,6 +31,7 @@ from rlpost.core.advantages import group_advantages
 from rlpost.core.losses import denominator
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
@@ -55,6 +56,7 @@ class Stage:
     max_response_tokens: int
     lr: float
     lr_warmup_steps: int = 0
+    lr_schedule: Schedule = "constant"
     refill: bool = False
     """Replace groups whose rewards are all equal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: float | None = None
@@ -296,7 +298,13 @@ class Controller:
                 "accumulate",
                 self.workers.learner.accumulate(graded, learner_version=version, max_staleness=bound),
             )
-        lr = stage.lr * min(1.0, (step_in_stage + 1) / max(stage.lr_warmup_steps, 1))
+        lr = learning_rate(
+            step_in_stage,
+            peak=stage.lr,
+            warmup_steps=stage.lr_warmup_steps,
+            num_steps=stage.plan.num_steps,
+            schedule=stage.lr_schedule,
+        )
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         self._refills = 0
         if stage.sampled:

@@ -1,0 +1,212 @@
+"""Runs learners for the contract tests: here, in a fresh process, or on several ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.core.metrics import StepReport, Tally
+from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
+from rlpost.engines.base import LearnerEngine
+from rlpost.engines.plain_learner import PlainLearner
+from rlpost.types import Rollout, VersionSpan
+
+VOCAB = 300
+CHILD_TIMEOUT_S = 120
+LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
+"""With so large an eps, AdamW's first update is almost lr x gradient: comparing weights compares gradients, and not
+only their signs."""
+SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One implementation in one configuration; zero_stage None is the plain learner."""
+
+    zero_stage: int | None
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return "plain" if self.zero_stage is None else f"zero{self.zero_stage}-{str(self.dtype)[6:]}"
+
+
+PLAIN = Kind(None, torch.float32)
+DEEPSPEED = [Kind(stage, dtype) for dtype in (torch.float32, torch.bfloat16) for stage in (1, 2, 3)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Learn for `num_steps` steps from the same rollouts, from the beginning or from a checkpoint."""
+
+    kind: Kind
+    model_path: Path
+    num_steps: int = 3
+    spec: StageSpec = SPEC
+    lr: float = 1.0
+    denominator: float = 20.0
+    rows: tuple[int, ...] = tuple(range(12))
+    """Which rollouts, in which order."""
+    cuts: tuple[int, ...] = (7,)
+    """Where the rollouts of a step are cut into calls of `accumulate`."""
+    micro_batch_tokens: int = 64
+    gradient_checkpointing: bool = False
+    load: Path | None = None
+    save: Path | None = None
+
+
+@dataclass
+class Result:
+    before: Mapping[str, Tensor]
+    masters: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    reports: list[StepReport] = field(default_factory=list)
+
+    @property
+    def moved(self) -> Tensor:
+        """How far every weight moved, as one vector."""
+        return torch.cat([(self.masters[name] - self.before[name]).flatten() for name in self.masters])
+
+    @property
+    def norms(self) -> list[float]:
+        return [report.grad_norm for report in self.reports]
+
+
+def make_rollouts() -> tuple[list[Rollout], list[float]]:
+    """Twelve rollouts of 7 to 20 tokens, three of them without advantage; sampled one version ago at most."""
+    generator = torch.Generator().manual_seed(0)
+    rollouts = []
+    for index in range(12):
+        num_prompt, num_response = 3 + index % 4, 4 + (7 * index) % 11
+        length = num_prompt + num_response
+        mask = torch.arange(length) >= num_prompt
+        noise = 0.4 * torch.randn(length, generator=generator)
+        rollouts.append(
+            Rollout(
+                token_ids=torch.randint(0, VOCAB, (length,), generator=generator),
+                loss_mask=mask,
+                sampler_logprobs=torch.where(mask, -5.7 + noise, 0.0),
+                spans=(VersionSpan(version=0, start=0, end=2), VersionSpan(version=1, start=2, end=num_response)),
+                finish_reason="stop",
+                text="",
+            )
+        )
+    return rollouts, [1.0, -0.5, 0.0, 2.0, -1.0, 0.5] * 2
+
+
+def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
+    if job.kind.zero_stage is None:
+        return PlainLearner(job.model_path)
+    from rlpost.engines.deepspeed_learner import DeepSpeedLearner
+
+    return DeepSpeedLearner(
+        job.model_path,
+        dtype=job.kind.dtype,
+        zero_stage=job.kind.zero_stage,  # type: ignore[arg-type]
+        micro_batch_tokens=job.micro_batch_tokens,
+        serve_dtype=job.kind.dtype,
+        rank=rank,
+        world_size=world_size,
+        gradient_checkpointing=job.gradient_checkpointing,
+    )
+
+
+def masters(learner: Any) -> dict[str, Tensor]:
+    """The float32 weights the optimizer updates (collective)."""
+    if isinstance(learner, PlainLearner):
+        return dict(learner.weights())
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._scorer.policy.named_parameters()}
+
+
+def train(learner: LearnerEngine, job: Job) -> StepReport:
+    rollouts, advantages = make_rollouts()
+    for start, end in zip((0, *job.cuts), (*job.cuts, len(job.rows)), strict=True):
+        rows = job.rows[start:end]
+        learner.accumulate(
+            [rollouts[i] for i in rows], [advantages[i] for i in rows], learner_version=1, max_staleness=1
+        )
+    return learner.step(denominator=job.denominator, lr=job.lr)
+
+
+def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
+    learner = make_learner(job, rank=rank, world_size=world_size)
+    learner.begin_stage(job.spec)
+    if job.load is not None:
+        learner.load(job.load)
+    before = masters(learner)
+    reports = [train(learner, job) for _ in range(job.num_steps)]
+    if job.save is not None:
+        learner.save(job.save)
+    result = Result(before, masters(learner), dict(learner.weights()), reports)
+    close(learner)
+    return result
+
+
+def close(learner: Any) -> None:
+    if not isinstance(learner, PlainLearner):
+        learner.close()
+
+
+def run_in_children(jobs: Sequence[Job], *, world_size: int) -> list[list[Result]]:
+    """Results of the jobs, one after the other, per rank: fresh processes joined by gloo."""
+    context = multiprocessing.get_context("spawn")
+    port, pipes, processes = free_port(), [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_serve, args=(theirs, list(jobs), rank, world_size, port), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [_answer(pipe) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answer(pipe: Any) -> list[Result]:
+    if not pipe.poll(CHILD_TIMEOUT_S):
+        raise TimeoutError(f"no answer from a learner rank in {CHILD_TIMEOUT_S} s")
+    answer = torch.load(pipe.recv(), weights_only=False)
+    if isinstance(answer, str):
+        raise RuntimeError(f"a learner rank failed:\n{answer}")
+    return answer
+
+
+def _serve(pipe: Any, jobs: list[Job], rank: int, world_size: int, port: int) -> None:
+    import tempfile
+
+    from rlpost.engines.deepspeed_learner import init_distributed
+
+    torch.set_num_threads(1)
+    answer: Any
+    try:
+        init_distributed(rank=rank, world_size=world_size, master_port=port, timeout_s=60)
+        answer = [run(job, rank=rank, world_size=world_size) for job in jobs]
+    except Exception:  # noqa: BLE001 - raised again in the parent
+        answer = traceback.format_exc()
+    # Through a file: tensors sent over a pipe live in the sender, which is about to end.
+    with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
+        torch.save(answer, file)
+    pipe.send(file.name)
+
+
+def merged_tally(results: Sequence[Result], step: int) -> Tally:
+    return Tally.merge(result.reports[step].tally for result in results)

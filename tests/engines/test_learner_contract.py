@@ -1,0 +1,467 @@
+"""What every `LearnerEngine` promises: the plain one against a dense formula, DeepSpeed against the plain one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, Supervised
+from rlpost.core.weights import unchanged_fraction
+from rlpost.engines.base import LearnerEngine
+from rlpost.engines.plain_learner import PlainLearner
+from rlpost.types import Rollout, VersionSpan
+from tests.engines.learner_jobs import (
+    DEEPSPEED,
+    LINEAR,
+    PLAIN,
+    SPEC,
+    Job,
+    Kind,
+    Result,
+    close,
+    free_port,
+    make_learner,
+    make_rollouts,
+    masters,
+    merged_tally,
+    run,
+    run_in_children,
+    train,
+)
+
+deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
+kinds = [pytest.param(PLAIN, id="plain"), *deepspeed_kinds]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+"""Largest relative error of a step's displacement against the float32 specification."""
+
+
+@pytest.fixture(scope="module")
+def process_group() -> None:
+    from rlpost.engines.deepspeed_learner import init_distributed
+
+    if not torch.distributed.is_initialized():
+        init_distributed(rank=0, world_size=1, master_port=free_port())
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Kind:
+    if request.param.zero_stage is not None:
+        request.getfixturevalue("process_group")
+    return request.param
+
+
+@pytest.fixture
+def make(kind: Kind, tied_model: Path) -> Iterator[Callable[..., Any]]:
+    """make(**changes) is a learner of this kind whose stage has begun."""
+    made: list[Any] = []
+
+    def make(**changes: Any) -> Any:
+        job = replace(Job(kind, tied_model), **changes)
+        learner = make_learner(job)
+        made.append(learner)
+        learner.begin_stage(job.spec)
+        return learner
+
+    yield make
+    for learner in made:
+        close(learner)
+
+
+def error(result: Result, expected: Result) -> float:
+    """Relative error of the displacement."""
+    return float((result.moved - expected.moved).norm() / expected.moved.norm())
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- the plain learner, from first principles --------------------------------------------------------------------------
+
+
+def test_the_plain_learner_takes_the_step_of_the_dense_formula(tied_model: Path) -> None:
+    """Gradient of -sum min(r A, clip(r) A) / D over dense log-softmax tables, clipped to norm 0.01; then AdamW's first
+    step, w - lr (g / (|g| + eps) + decay w), since both of its moments are then the gradient's own."""
+    policy = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
+    rollouts, advantages = make_rollouts()
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / 0.8, -1)
+        logprobs = table.gather(-1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
+        ratios = (logprobs - rollout.sampler_logprobs[rollout.loss_mask]).exp()
+        surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.28) * advantage)
+        (-surrogate.sum() / 20.0).backward()
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
+    optimizer = OptimizerSpec(eps=0.1, weight_decay=0.01, max_grad_norm=0.01)
+
+    result = run(Job(PLAIN, tied_model, num_steps=1, spec=replace(SPEC, optimizer=optimizer), lr=0.5))
+
+    assert result.norms == pytest.approx([float(norm)], rel=1e-5)
+    for name, p in policy.named_parameters():
+        gradient = p.grad * 0.01 / norm
+        expected = p - 0.5 * (gradient / (gradient.abs() + 0.1) + 0.01 * p)
+        torch.testing.assert_close(result.masters[name], expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (4, 5, 9), tuple(range(1, 12))])
+def test_streaming_the_plain_learner_gives_the_batch_bit_for_bit(tied_model: Path, cuts: tuple[int, ...]) -> None:
+    streamed, whole = run(Job(PLAIN, tied_model, cuts=cuts)), run(Job(PLAIN, tied_model, cuts=(7,)))
+    assert same(streamed.masters, whole.masters)
+    assert streamed.norms == whole.norms
+
+
+# -- DeepSpeed against the plain learner -------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, Objective] = {
+    "around-the-sampler": PolicyGradient(),
+    "around-the-learner": PolicyGradient(proximal="learner", tis_cap=1.1, aggregation="sequence_mean"),
+    "with-kl": PolicyGradient(kl_coef=0.5),
+    "supervised": Supervised(),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_three_steps_are_those_of_the_specification(kind: Kind, tied_model: Path, objective: Objective) -> None:
+    job = Job(kind, tied_model, spec=replace(SPEC, objective=objective))
+    result, expected = run(job), run(replace(job, kind=PLAIN))
+    tolerance = TOLERANCE[kind.dtype]
+    assert error(result, expected) < tolerance
+    assert result.norms == pytest.approx(expected.norms, rel=tolerance)
+    for ours, theirs in zip(result.reports, expected.reports, strict=True):
+        assert ours.tally.sums == pytest.approx(theirs.tally.sums, rel=tolerance, abs=0.5 if tolerance > 1e-3 else 1e-4)
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_clipping_bounds_the_mean_gradient_and_not_the_sum(kind: Kind, tied_model: Path) -> None:
+    """The mean gradient's norm is about 1; the sum's is 20 times that. A bound of 3 must not act, one of 0.3 must."""
+    loose, tight = (replace(SPEC, optimizer=replace(LINEAR, max_grad_norm=norm)) for norm in (3.0, 0.3))
+    free = run(Job(kind, tied_model, num_steps=1))
+    assert 0.6 < free.norms[0] < 3.0
+    assert error(run(Job(kind, tied_model, num_steps=1, spec=loose)), free) < 1e-5
+    clipped, expected = (run(Job(k, tied_model, num_steps=1, spec=tight)) for k in (kind, PLAIN))
+    assert error(clipped, expected) < TOLERANCE[kind.dtype]
+    assert clipped.norms == free.norms  # reported before clipping
+    assert clipped.moved.norm() < 0.5 * free.moved.norm()
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path) -> None:
+    job = Job(kind, tied_model, num_steps=2)
+    base = run(job)
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 10_000},
+        {"cuts": ()},
+        {"cuts": tuple(range(1, 12))},
+        {"rows": tuple(reversed(range(12))), "cuts": (2, 3)},
+        {"gradient_checkpointing": True},
+    ]
+    for change in changes:
+        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 2, change
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_an_untied_model_of_long_rows_scores_tokens_as_the_model_itself_does(
+    kind: Kind, make: Callable[..., Any], tiny_model: Path
+) -> None:
+    """The sampler is the model: every ratio is 1. Row of 200 tokens, where rotary frequencies rounded to bfloat16 would
+    turn positions by a radian."""
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    token_ids = torch.randint(0, 250, (200,), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(200) >= 5
+    with torch.no_grad():
+        table = torch.log_softmax(policy(token_ids[None]).logits[0, :-1] / 0.8, -1)
+    logprobs = torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])
+    rollout = Rollout(
+        token_ids=token_ids,
+        loss_mask=mask,
+        sampler_logprobs=torch.where(mask, logprobs, 0.0),
+        spans=(VersionSpan(version=1, start=0, end=195),),
+        finish_reason="stop",
+        text="",
+    )
+    learner = make(model_path=tiny_model)
+    short = make_rollouts()[0][0]
+    learner.accumulate([rollout, short], [1.0, 0.0], learner_version=1, max_staleness=0)
+    tally = learner.step(denominator=1.0, lr=0.0).tally
+    assert tally.sums["tokens"] == 195
+    assert tally.maxima["gap"] < (1e-4 if kind.dtype == torch.float32 else 0.06)
+
+
+# -- what holds for all of them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_rollouts_without_gradient_change_no_bit(kind: Kind, tied_model: Path) -> None:
+    """Rollouts 2 and 8 have advantage 0: with and without them the step is the same, so they were never computed."""
+    job = Job(kind, tied_model, cuts=(7,))
+    without = replace(job, rows=tuple(i for i in range(12) if i not in (2, 8)), cuts=(6,))
+    ours, expected = run(job), run(without)
+    assert same(ours.masters, expected.masters)
+    assert [r.tally.sums for r in ours.reports] == [r.tally.sums for r in expected.reports]
+
+
+@pytest.mark.parametrize("rows", [(), (2, 8)], ids=["no-rollouts", "no-advantage"])
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_step_without_gradient_moves_nothing(kind: Kind, tied_model: Path, rows: tuple[int, ...]) -> None:
+    result = run(Job(kind, tied_model, num_steps=2, rows=rows, cuts=()))
+    assert result.norms == [0.0, 0.0]
+    assert same(result.masters, result.before)
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_a_step_without_gradient_follows_its_momentum(kind: Kind, make: Callable[..., Any], tied_model: Path) -> None:
+    """As AdamW does: its moments decay, and the weights go on."""
+    job = Job(kind, tied_model)
+    ours, plain = make(), PlainLearner(tied_model)
+    plain.begin_stage(SPEC)
+    for learner in (ours, plain):
+        train(learner, job)
+    before = [masters(learner) for learner in (ours, plain)]
+    for learner in (ours, plain):
+        assert learner.step(denominator=5.0, lr=1.0).grad_norm == 0.0
+    results = [Result(b, masters(learner), {}) for b, learner in zip(before, (ours, plain), strict=True)]
+    assert results[1].moved.norm() > 0
+    assert error(*results) < TOLERANCE[kind.dtype]
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_gradient_that_is_not_finite_is_an_error_and_moves_nothing(make: Callable[..., Any]) -> None:
+    """Sampled at log-prob -10,000 and unwanted: the ratio overflows."""
+    learner: LearnerEngine = make()
+    before = masters(learner)
+    rollouts, _ = make_rollouts()
+    broken = replace(rollouts[0], sampler_logprobs=torch.where(rollouts[0].loss_mask, -1e4, 0.0))
+    learner.accumulate([rollouts[1], broken], [1.0, -1.0], learner_version=1, max_staleness=1)
+    with pytest.raises(RuntimeError, match="gradient's norm is"):
+        learner.step(denominator=1.0, lr=1.0)
+    assert same(masters(learner), before)
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_weights_are_copies_under_checkpoint_names_with_tied_ones_once(
+    kind: Kind, make: Callable[..., Any], tied_model: Path, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tied_model).save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    learner = make()
+    weights = learner.weights()
+    assert set(weights) == names
+    assert all(w.dtype == kind.dtype and w.device.type == "cpu" for w in weights.values())
+    for tensor in weights.values():
+        tensor.zero_()
+    assert all(w.any() for name, w in learner.weights().items() if not name.endswith("bias"))
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_weights_are_the_masters_rounded_to_the_served_dtype(kind: Kind, tied_model: Path) -> None:
+    result = run(Job(kind, tied_model, num_steps=2, lr=0.1))
+    assert same(result.weights, {name: p.to(kind.dtype) for name, p in result.masters.items()})
+
+
+@pytest.mark.parametrize("kind", [k for k in deepspeed_kinds if "bfloat16" in str(k.id)], indirect=True)
+def test_updates_too_small_for_bfloat16_add_up_in_the_masters(kind: Kind, tied_model: Path) -> None:
+    """Ten AdamW steps of 1e-6 move a master by up to 1e-5. The bfloat16 neighbours of a weight of 0.1 are 4e-4 away."""
+    spec = replace(SPEC, optimizer=OptimizerSpec())
+    result = run(Job(kind, tied_model, num_steps=10, spec=spec, lr=1e-6))
+    assert 5e-6 < result.moved.abs().max() < 1.5e-5
+    assert (result.moved != 0).float().mean() > 0.5
+    image = {name: p.to(torch.bfloat16) for name, p in result.before.items()}
+    assert 0.9 < unchanged_fraction(image, result.weights) < 1.0
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_new_stage_has_fresh_moments_and_the_weights_it_found(
+    kind: Kind, make: Callable[..., Any], tied_model: Path
+) -> None:
+    """A step at lr 0 fills the moments and leaves the weights. After begin_stage the next one is a first step."""
+    job = Job(kind, tied_model, spec=replace(SPEC, optimizer=OptimizerSpec()), lr=1e-2)
+    used, fresh = make(spec=job.spec), make(spec=job.spec)
+    train(used, replace(job, lr=0.0))
+    used.begin_stage(job.spec)
+    for learner in (used, fresh):
+        train(learner, job)
+    assert same(masters(used), masters(fresh))
+
+    before = masters(used)
+    used.begin_stage(job.spec)
+    assert same(masters(used), before)
+    assert used.step(denominator=1.0, lr=1.0).grad_norm == 0.0
+    assert same(masters(used), before)
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_settings_of_the_new_stage_hold(kind: Kind, make: Callable[..., Any], tied_model: Path) -> None:
+    job = Job(kind, tied_model)
+    learner, expected = make(), make(spec=replace(SPEC, optimizer=OptimizerSpec(eps=0.5, weight_decay=0.1)))
+    learner.begin_stage(replace(SPEC, optimizer=OptimizerSpec(eps=0.5, weight_decay=0.1)))
+    for each in (learner, expected):
+        train(each, job)
+    assert same(masters(learner), masters(expected))
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_the_reference_is_the_policy_of_the_start_of_the_stage(
+    kind: Kind, make: Callable[..., Any], tied_model: Path
+) -> None:
+    """KL to it is 0 at first, then not; and 0 again in the next stage, which starts from the moved policy."""
+    spec = replace(SPEC, objective=PolicyGradient(kl_coef=0.01))
+    job = Job(kind, tied_model, spec=spec, lr=0.3)
+    learner = make(spec=spec)
+    noise = 1e-3 if kind.dtype == torch.bfloat16 else 1e-6
+    per_token = [train(learner, job).tally for _ in range(2)]
+    learner.begin_stage(spec)
+    per_token.append(train(learner, job).tally)
+    kl = [tally.sums["reference_kl"] / tally.sums["tokens"] for tally in per_token]
+    assert abs(kl[0]) < noise and abs(kl[2]) < noise and kl[1] > 20 * noise
+
+
+def test_dropout_is_off(tied_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tied_model, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    assert AutoConfig.from_pretrained(path).attention_dropout == 0.5
+    assert same(run(Job(PLAIN, path)).masters, run(Job(PLAIN, tied_model)).masters)
+
+
+def test_a_model_that_changes_its_logits_is_refused(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        initializer_range=1.0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="soft-capping"):
+        PlainLearner(tmp_path)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("change", [{"zero_stage": 0}, {"dtype": torch.float16}])
+def test_settings_that_train_wrongly_are_refused(tied_model: Path, change: dict[str, Any]) -> None:
+    kind = replace(Kind(1, torch.bfloat16), **change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        make_learner(Job(kind, tied_model))
+
+
+# -- several ranks, and resuming ---------------------------------------------------------------------------------------
+
+FEW: dict[str, Any] = {"rows": (0,), "cuts": (), "num_steps": 1}
+"""One rollout on two ranks: one of them has nothing to train, and the collectives must still meet."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def two_rank_jobs(model_path: Path, checkpoints: Path) -> dict[str, Job]:
+    kl = replace(SPEC, objective=PolicyGradient(kl_coef=0.5), optimizer=OptimizerSpec())
+    jobs = {}
+    for kind in DEEPSPEED:
+        jobs[f"{kind}"] = Job(kind, model_path)
+        jobs[f"{kind} few"] = Job(kind, model_path, **FEW)
+        adam = Job(kind, model_path, spec=kl, lr=1e-3)
+        jobs[f"{kind} whole"] = replace(adam, num_steps=4)
+        jobs[f"{kind} half"] = replace(adam, num_steps=2, save=checkpoints / f"two-{kind}")
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tied_model: Path, checkpoints: Path) -> dict[str, list[Result]]:
+    """Results per job, one per rank; all from one start of two processes."""
+    jobs = two_rank_jobs(tied_model, checkpoints)
+    ranks = run_in_children(list(jobs.values()), world_size=2)
+    return dict(zip(jobs, zip(*ranks, strict=True), strict=True))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def two_ranks_resumed(
+    tied_model: Path, checkpoints: Path, two_ranks: dict[str, list[Result]]
+) -> dict[str, list[Result]]:
+    jobs = two_rank_jobs(tied_model, checkpoints)
+    jobs = {name: replace(job, save=None, load=job.save) for name, job in jobs.items() if job.save is not None}
+    ranks = run_in_children(list(jobs.values()), world_size=2)
+    return dict(zip(jobs, zip(*ranks, strict=True), strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds)
+def test_two_ranks_take_the_steps_of_one(kind: Kind, tied_model: Path, two_ranks: dict[str, list[Result]]) -> None:
+    for name, job in ((f"{kind}", Job(PLAIN, tied_model)), (f"{kind} few", Job(PLAIN, tied_model, **FEW))):
+        results, expected = two_ranks[name], run(job)
+        assert same(results[0].weights, results[1].weights)
+        assert results[0].norms == results[1].norms
+        assert error(results[0], expected) < TOLERANCE[kind.dtype]
+        assert results[0].norms == pytest.approx(expected.norms, rel=TOLERANCE[kind.dtype])
+        tokens = expected.reports[0].tally.sums["tokens"]
+        assert merged_tally(results, 0).sums["tokens"] == tokens
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds)
+def test_two_ranks_resume_bit_for_bit_in_fresh_processes(
+    kind: Kind, two_ranks: dict[str, list[Result]], two_ranks_resumed: dict[str, list[Result]]
+) -> None:
+    check_resumed(two_ranks[f"{kind} whole"], two_ranks[f"{kind} half"], two_ranks_resumed[f"{kind} half"])
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    process_group: None, tied_model: Path, checkpoints: Path
+) -> dict[str, tuple[list[Result], list[Result], list[Result]]]:
+    """Four steps; two steps and a checkpoint; two more in a fresh process."""
+    spec = replace(SPEC, objective=PolicyGradient(kl_coef=0.5), optimizer=OptimizerSpec())
+    wholes = {str(k): Job(k, tied_model, num_steps=4, spec=spec, lr=1e-3) for k in (PLAIN, *DEEPSPEED)}
+    halves = {name: replace(job, num_steps=2, save=checkpoints / f"one-{name}") for name, job in wholes.items()}
+    first = {name: (run(wholes[name]), run(halves[name])) for name in wholes}
+    rest = run_in_children([replace(job, save=None, load=job.save) for job in halves.values()], world_size=1)[0]
+    return {n: ([w], [h], [r]) for (n, (w, h)), r in zip(first.items(), rest, strict=True)}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("kind", [PLAIN, *DEEPSPEED], ids=str)
+def test_a_fresh_process_resumes_bit_for_bit(kind: Kind, resumed: dict[str, tuple[list[Result], ...]]) -> None:
+    check_resumed(*resumed[str(kind)])
+
+
+def check_resumed(whole: list[Result], half: list[Result], rest: list[Result]) -> None:
+    for w, h, r in zip(whole, half, rest, strict=True):
+        assert same(r.before, h.masters) and not same(r.before, h.before)
+        assert same(r.masters, w.masters) and same(r.weights, w.weights)
+        assert h.norms + r.norms == w.norms
+        assert [x.tally.sums for x in h.reports + r.reports] == [x.tally.sums for x in w.reports]
+
+
+@pytest.mark.engines
+def test_a_checkpoint_of_other_ranks_is_refused_by_both_numbers(
+    process_group: None, two_ranks: dict[str, list[Result]], tied_model: Path, checkpoints: Path
+) -> None:
+    kind = DEEPSPEED[0]
+    with pytest.raises(ValueError, match="saved with world_size = 2 and this learner has world_size = 1"):
+        run(Job(kind, tied_model, load=checkpoints / f"two-{kind}"))
+
+
+@pytest.mark.engines
+def test_a_checkpoint_of_another_zero_stage_or_dtype_is_refused(
+    resumed: object, tied_model: Path, checkpoints: Path
+) -> None:
+    path = checkpoints / f"one-{Kind(1, torch.float32)}"
+    for kind, key in ((Kind(2, torch.float32), "zero_stage"), (Kind(1, torch.bfloat16), "dtype")):
+        with pytest.raises(ValueError, match=f"saved with {key}"):
+            run(Job(kind, tied_model, load=path))

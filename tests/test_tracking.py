@@ -1,0 +1,594 @@
+"""The files are complete whatever wandb does; a resume cuts them; the terminal gets what a person needs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlpost.core.metrics import StepReport, Tally
+from rlpost.pipeline.controller import RunSettings
+from rlpost.pipeline.evaluation import EvalSet, evaluate
+from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.ports import Export
+from rlpost.pipeline.step_metrics import StepRecord, step_metrics
+from rlpost.progress import EVENT_LINES, Progress, eval_line, event_line, step_line
+from rlpost.tracking import FILES, RunTracker, WandbOptions, plain, read_rows, resolve_mode
+from rlpost.types import GroupSummary, Judgement, Prompt
+
+DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+class FakeRun:
+    """Enforces what wandb drops silently: every axis only moves forward, and no key has two axes."""
+
+    def __init__(self, module: FakeWandb, settings: Mapping[str, Any]) -> None:
+        self.module, self.settings = module, settings
+        self.id, self.url = settings["id"], "https://example.org/run"
+        self.rows: list[dict[str, float]] = []
+        self.axes: dict[str, str | None] = {}
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        assert self.axes.setdefault(name, step_metric) == step_metric
+        self.axes[name] = step_metric
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.module.fail_at("log")
+        assert threading.current_thread().name == "wandb"
+        (axis,) = {self.axes[f"{key.split('/')[0]}/*"] for key in row if key not in ("train/step", "eval/step")}
+        assert axis in row and axis in self.axes
+        assert all(isinstance(value, int | float) for value in row.values()), row
+        previous = [earlier[axis] for earlier in self.rows if axis in earlier]
+        assert not previous or row[axis] >= previous[-1], "wandb would drop this row"
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.module.fail_at("finish")
+        self.finished = True
+
+
+class FakeWandb:
+    """Stands in for the module; `broken` names the call that raises, `hang` the one that never returns."""
+
+    def __init__(self, broken: str = "", hang: str = "") -> None:
+        self.broken, self.hang = broken, hang
+        self.runs: list[FakeRun] = []
+        self.gate = threading.Event()
+
+    def fail_at(self, phase: str) -> None:
+        if self.hang == phase:
+            self.gate.wait()
+        if self.broken == phase:
+            raise OSError(f"wandb broke in {phase}")
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:
+        return settings
+
+    def init(self, **settings: Any) -> FakeRun:
+        self.fail_at("init")
+        self.runs.append(FakeRun(self, settings))
+        return self.runs[-1]
+
+    def teardown(self) -> None:
+        self.gate.set()
+
+
+@pytest.fixture(autouse=True)
+def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def step_row(step: int, stage: str = "math", **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "stage": stage,
+        "actor/pg_loss": 0.5,
+        "reward/mean": 0.25,
+        "response_length/mean": 8.0,
+        "timing_s/step": 0.5,
+        "perf/rollouts_per_s": 64.0,
+        "staleness/group_max": 1,
+        "wait/verdict": "learner waited 40% for rollouts: add samplers or raise max_staleness",
+        **more,
+    }
+
+
+def eval_row(step: int) -> dict[str, Any]:
+    return {
+        "eval": "math",
+        "when": "warmup",
+        "step": step,
+        "accuracy": 0.461,
+        "accuracy_se": 0.016,
+        "num_prompts": 512,
+        "num_samples": 1,
+        "temperature": 1.0,
+        "outcomes": {"correct": 236, "wrong": 276},
+    }
+
+
+def tracker_of(run_dir: Path, mode: str = "offline", **more: Any) -> RunTracker:
+    options = WandbOptions(mode=mode)  # type: ignore[arg-type]
+    more.setdefault("console", Console(file=io.StringIO()))
+    return RunTracker(run_dir, name="run", config={"seed": 0}, wandb=options, **more)
+
+
+def steps_in(run_dir: Path, kind: str = "step") -> list[int]:
+    return [row["step"] for row in read_rows(run_dir / FILES[kind])]
+
+
+def events_in(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run_dir / FILES["event"]) if row["event"] == name]
+
+
+# -- the mirror --------------------------------------------------------------------------------------------------------
+
+
+def use(monkeypatch: pytest.MonkeyPatch, fake: FakeWandb) -> FakeWandb:
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_every_number_reaches_wandb_on_its_own_axis_and_no_text_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation of version 1 arrives after steps 1 to 3: on one shared counter wandb would drop it."""
+    fake = use(monkeypatch, FakeWandb())
+    with tracker_of(tmp_path) as tracker:
+        for step in (1, 2, 3):
+            tracker.log("step", step_row(step, **{"actor/entropy": torch.tensor(0.25), "time/sampler-0/wait": 1.0}))
+        tracker.log("eval", eval_row(1))
+        tracker.log("step", step_row(4))
+    (run,) = fake.runs
+    assert run.finished and run.settings["mode"] == "offline" and run.settings["dir"] == str(tmp_path)
+    assert [row.get("train/step") for row in run.rows] == [1, 2, 3, None, 4]
+    assert run.rows[0]["actor/entropy"] == 0.25
+    assert run.rows[3] == {
+        "eval/step": 1,
+        "eval/math/accuracy": 0.461,
+        "eval/math/accuracy_se": 0.016,
+        "eval/math/num_prompts": 512,
+        "eval/math/num_samples": 1,
+        "eval/math/temperature": 1.0,
+        "eval/math/outcomes/correct": 236,
+        "eval/math/outcomes/wrong": 276,
+    }
+    assert run.axes["actor/*"] == "train/step" and run.axes["eval/*"] == "eval/step"
+    assert not {"stage", "wait/verdict", "time", "step"} & {key for row in run.rows for key in row}
+
+
+@pytest.mark.parametrize("phase", ["init", "log", "finish"])
+def test_wandb_that_breaks_loses_no_row_and_is_reported_once(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, FakeWandb(broken=phase))
+    output = io.StringIO()
+    with tracker_of(tmp_path, console=Console(file=output)) as tracker:
+        for step in range(1, 101):
+            tracker.log("step", step_row(step))
+            if step % 10 == 0:
+                tracker.log("eval", eval_row(step))
+    assert steps_in(tmp_path) == list(range(1, 101))
+    assert steps_in(tmp_path, "eval") == list(range(10, 101, 10))
+    (failure,) = events_in(tmp_path, "wandb_failed")
+    assert f"OSError: wandb broke in {phase}" in failure["detail"]
+    assert output.getvalue().count("wandb is off") == 1
+    assert events_in(tmp_path, "run_end")[0]["error"] is None
+
+
+def test_wandb_that_is_not_installed_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with tracker_of(tmp_path) as tracker:
+        tracker.log("step", step_row(1))
+    assert steps_in(tmp_path) == [1]
+    (failure,) = events_in(tmp_path, "wandb_failed")
+    assert "ModuleNotFoundError" in failure["detail"]
+
+
+@pytest.mark.parametrize("phase", ["init", "log", "finish"])
+def test_wandb_that_hangs_holds_up_neither_a_step_nor_the_end(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, FakeWandb(hang=phase))
+    started = time.monotonic()
+    tracker = tracker_of(tmp_path)
+    for step in range(1, 51):
+        tracker.log("step", step_row(step))
+    tracker.close(deadline_s=0.2)
+    assert time.monotonic() - started < 20.0
+    assert steps_in(tmp_path) == list(range(1, 51))
+    (failure,) = events_in(tmp_path, "wandb_failed")
+    assert "0.2 s" in failure["detail"]
+
+
+def test_more_rows_than_the_queue_holds_turn_the_mirror_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlpost.tracking.MAX_QUEUED_ROWS", 5)
+    fake = use(monkeypatch, FakeWandb(hang="init"))
+    tracker = tracker_of(tmp_path)
+    for step in range(1, 21):
+        tracker.log("step", step_row(step))
+    fake.gate.set()
+    tracker.close()
+    assert steps_in(tmp_path) == list(range(1, 21))
+    assert [event["detail"] for event in events_in(tmp_path, "wandb_failed")] == ["5 rows wait for it"]
+
+
+def test_disabled_never_touches_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, FakeWandb())
+    with tracker_of(tmp_path, mode="disabled") as tracker:
+        tracker.log("step", step_row(1))
+    assert not fake.runs and not (tmp_path / "wandb_id").exists()
+
+
+def test_online_without_a_login_says_how_to_log_in_and_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = use(monkeypatch, FakeWandb())
+    with tracker_of(tmp_path, mode="online"):
+        pass
+    assert not fake.runs
+    assert "wandb login" in events_in(tmp_path, "wandb_failed")[0]["detail"]
+
+
+def test_auto_is_online_only_for_somebody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_mode("auto") == "offline"
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == "disabled"
+
+
+@pytest.mark.timeout(120)
+def test_the_real_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path: Path) -> None:
+    """In processes of their own: wandb's exit hooks are part of what must end in time."""
+    pytest.importorskip("wandb")
+    code = """
+import sys, time
+from pathlib import Path
+from rlpost.tracking import RunTracker, WandbOptions
+resume = int(sys.argv[2]) if len(sys.argv) > 2 else None
+options = WandbOptions(mode="offline")
+tracker = RunTracker(Path(sys.argv[1]), name="run", config={}, wandb=options, resume_at_step=resume)
+started = time.monotonic()
+for step in range((resume or 0) + 1, 6):
+    figures = {"actor/lr": 0.1, "timing_s/step": 1.0, "perf/rollouts_per_s": 1.0}
+    tracker.log("step", {"step": step, "stage": "math", **figures})
+is_up = "wandb_started" in Path(sys.argv[1], "events.jsonl").read_text().splitlines()[-1]
+assert not is_up or time.monotonic() - started < 1.0, "a step waited for wandb"
+tracker.close(deadline_s=60.0)
+"""
+    for arguments in ([], ["3"]):
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+    first, second = events_in(tmp_path / "run", "wandb_started")
+    assert first["id"] == second["id"] == (tmp_path / "run" / "wandb_id").read_text()
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{first['id']}.wandb"}
+    assert all(b"actor/lr" in file.read_bytes() for file in files)
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert events_in(tmp_path / "run", "wandb_failed") == []
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_on_disk_when_log_returns(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, mode="disabled")
+    for kind, file in FILES.items():
+        tracker.log(kind, {"event": "x"} if kind == "event" else eval_row(1) if kind == "eval" else step_row(1))
+        row = json.loads((tmp_path / file).read_text().splitlines()[-1])
+        assert abs(row["time"] - time.time()) < 5.0
+
+
+def test_rows_of_several_threads_stay_whole(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path, mode="disabled")
+
+    def write(thread: int) -> None:
+        for number in range(50):
+            tracker.log("rollout", {"step": number, "response": f"{thread}" * 2000})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(read_rows(tmp_path / "rollouts.jsonl"))) == 200
+
+
+def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None:
+    """Killed at step 5 of which the last checkpoint was step 3, in the middle of writing a row."""
+    tracker = tracker_of(tmp_path, mode="disabled")
+    for step in range(1, 6):
+        tracker.log("step", step_row(step))
+        tracker.log("rollout", {"step": step, "response": "x"})
+    tracker.log("eval", eval_row(3))
+    tracker.log("eval", eval_row(4))
+    tracker.log("event", {"event": "group_failed", "prompt": "p", "failure": "worker_lost", "detail": "d"})
+    tracker.log("event", {"event": "checkpoint", "step": 3, "path": "a"})
+    tracker.log("event", {"event": "checkpoint", "step": 5, "path": "b"})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "sta')
+    resumed = tracker_of(tmp_path, mode="disabled", resume_at_step=3)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert steps_in(tmp_path, "rollout") == [1, 2, 3]
+    assert steps_in(tmp_path, "eval") == [3]
+    assert [event["path"] for event in events_in(tmp_path, "checkpoint")] == ["a"]
+    assert len(events_in(tmp_path, "group_failed")) == 1
+    assert events_in(tmp_path, "run_start")[1]["resumed_at"] == 3
+    resumed.log("step", step_row(4))
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES.values())
+
+
+def test_a_new_run_refuses_the_directory_of_another(tmp_path: Path) -> None:
+    tracker_of(tmp_path, mode="disabled").log("step", step_row(1))
+    with pytest.raises(ValueError, match="--resume"):
+        tracker_of(tmp_path, mode="disabled")
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_damaged_line_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        tracker_of(tmp_path, mode="disabled", resume_at_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_numbers_json_cannot_write_come_back_as_they_were() -> None:
+    row = plain({"loss": math.nan, "ratio": -math.inf, "lr": torch.tensor(0.5), "path": Path("a"), "ids": (1, 2)})
+    assert row == {"loss": "nan", "ratio": "-inf", "lr": 0.5, "path": "a", "ids": [1, 2]}
+    assert math.isnan(float(row["loss"])) and float(row["ratio"]) == -math.inf
+
+
+def test_the_end_names_the_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), tracker_of(tmp_path, mode="disabled"):
+        raise RuntimeError("diverged")
+    assert events_in(tmp_path, "run_end")[0]["error"] == "RuntimeError: diverged"
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def screen() -> Iterator[Console]:
+    yield Console(file=io.StringIO(), width=80)
+
+
+def lines_of(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_a_step_line_averages_over_the_steps_it_stands_for() -> None:
+    """Rewards 0.25 and 0.75; 0.5 s at 64 rollouts/s and 1.5 s at 32: 80 rollouts in 2 s."""
+    rows = [
+        step_row(441, **{"actor/entropy": 0.3}),
+        step_row(
+            442, **{"reward/mean": 0.75, "timing_s/step": 1.5, "perf/rollouts_per_s": 32.0, "staleness/group_max": 0}
+        ),
+    ]
+    assert step_line(rows, "2/160") == (
+        "math 2/160 | reward 0.500 | entropy 0.300 | length 8.0 | 40 rollouts/s | age <= 1"
+        " | learner waited 40% for rollouts: add samplers or raise max_staleness"
+    )
+
+
+def test_a_supervised_step_shows_its_loss() -> None:
+    row = {key: value for key, value in step_row(1, "warmup").items() if key.startswith(("st", "act", "tim", "perf"))}
+    del row["staleness/group_max"]
+    assert step_line([row], "1/440") == "warmup 1/440 | loss 0.500 | 64 demonstrations/s"
+
+
+def test_an_evaluation_reads_like_a_sentence() -> None:
+    line = "eval math 46.1 % +- 1.6 (n = 512, T = 1.0) after stage warmup, version 440"
+    assert eval_line(eval_row(440)) == line
+    many = eval_line({**eval_row(0), "when": "start", "num_samples": 4})
+    assert many == "eval math 46.1 % +- 1.6 (n = 512 x 4, T = 1.0) before training, version 0"
+
+
+def test_lines_come_every_two_seconds_and_at_both_ends_of_a_stage(clock: Clock, screen: Console) -> None:
+    """Half-second steps: step 1, then one line per 2 s (5, 9), the stage's last (10), and the next stage's first."""
+    progress = Progress([("warmup", 10), ("math", 20)], screen, clock)
+    for step in range(1, 12):
+        clock.now = step * 0.5
+        progress.show("step", step_row(step, "warmup" if step <= 10 else "math"))
+    places = [line.split("  ")[1].split(" |")[0] for line in lines_of(screen)]
+    assert places == ["warmup 1/10", "warmup 5/10", "warmup 9/10", "warmup 10/10", "math 1/20"]
+    assert lines_of(screen)[1].startswith("0:00:02  ")
+
+
+def test_a_long_run_gets_fewer_lines(clock: Clock, screen: Console) -> None:
+    """After an hour a line stands for 30 s: one-second steps 3601..3700 give three or four lines, not fifty."""
+    progress = Progress([("math", 10**6)], screen, clock)
+    clock.now = 3600.0
+    progress.show("step", step_row(3600))
+    for step in range(3601, 3701):
+        clock.now = float(step)
+        progress.show("step", step_row(step))
+    assert 4 <= len(lines_of(screen)) <= 5
+
+
+def test_a_flood_of_failures_is_thinned_and_counted(clock: Clock, screen: Console) -> None:
+    progress = Progress([], screen, clock)
+    for number in range(20):
+        progress.show("event", {"event": "group_failed", "prompt": f"p{number}", "failure": "f", "detail": "d"})
+    clock.now = 11.0
+    progress.show("event", {"event": "group_failed", "prompt": "late", "failure": "f", "detail": "d"})
+    lines = [line.split("  ")[1] for line in lines_of(screen)]
+    assert lines == [
+        "group of p0 failed (f): d",
+        "group of p1 failed (f): d",
+        "group of p2 failed (f): d",
+        "17 more group_failed: see events.jsonl",
+        "group of late failed (f): d",
+    ]
+
+
+def test_what_was_held_back_is_printed_at_the_end(clock: Clock, screen: Console) -> None:
+    progress = Progress([("math", 100)], screen, clock)
+    for step in (1, 2, 3):
+        progress.show("step", step_row(step))
+    progress.flush()
+    assert [line.split("  ")[1].split(" |")[0] for line in lines_of(screen)] == ["math 1/100", "math 3/100"]
+
+
+def test_every_event_the_pipeline_sends_has_a_line() -> None:
+    """Found by reading the sources for calls of _event, _on_event and on_event with a literal name."""
+    package = Path(__file__).parents[1] / "rlpost"
+    pattern = re.compile(r"(?:_event\(|\"event\": )\s*\"(\w+)\"")
+    sent = {name for file in package.rglob("*.py") for name in pattern.findall(file.read_text())}
+    assert {"group_failed", "stage_start", "sampler_lost", "checkpoint", "ready", "run_end"} <= sent
+    assert sent - set(EVENT_LINES) == {"run_end"}
+    assert event_line({"event": "run_end", "error": None, "time": 0.0})[0] == "run ended"
+    assert event_line({"event": "new", "a": 1, "time": 0.0})[0] == "new: a = 1"
+
+
+def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with tracker_of(tmp_path, mode="disabled", console=Console(file=Gone())) as tracker:
+        tracker.log("step", step_row(1))
+        tracker.log("step", step_row(2))
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_a_terminal_without_the_character_shows_its_code(clock: Clock) -> None:
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    Progress([], console, clock).show("event", {"event": "stage_start", "stage": "d\u00e9but", "step": 0})
+    assert b"stage d\\xe9but starts" in raw.getvalue()
+
+
+# -- docs/metrics.md ---------------------------------------------------------------------------------------------------
+
+
+def documented(section: str) -> list[str]:
+    """The first column of the table under a heading of docs/metrics.md."""
+    body = DOCS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in body.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in cell.replace("`", "").replace(" ", "").split(",")]
+
+
+def matches(key: str, pattern: str) -> bool:
+    """Whether `key` is one of the keys `pattern` stands for, <...> being any name."""
+    regex = "[^/]+".join(re.escape(text) for text in re.split(r"<\w+>", pattern))
+    return re.fullmatch(regex, key) is not None
+
+
+class Group:
+    """A finished group of two rollouts of a task, one right and one cut."""
+
+    def __init__(self, task: str, oldest_version: int) -> None:
+        self.prompt = Prompt(id=task, token_ids=(1,), task=task, reference={})
+        self.summary = GroupSummary(
+            prompt_id=task,
+            num_tokens_G=(3, 5),
+            num_prompt_tokens=1,
+            finish_reasons_G=("stop", "length"),
+            oldest_version=oldest_version,
+            newest_version=oldest_version,
+        )
+        self.judgements = (Judgement(reward=1.0, outcome="correct"), Judgement(reward=0.0, outcome="no_answer"))
+        self.advantages_G = (1.0, -1.0)
+
+
+def full_record() -> StepRecord:
+    """A step with everything that can be measured: two tasks, two ages, a reference, a publish."""
+    tally = Tally(maxima={"gap": 0.5, "ratio": 1.5, "age": 3.0})
+    names = (
+        "loss",
+        "reference_kl",
+        "entropy",
+        "kl_k3",
+        "gap",
+        "ratio_out",
+        "clipped_low",
+        "clipped_high",
+        "truncated_weight",
+    )
+    tally.add(tokens=16.0, **dict.fromkeys(names, 1.0))
+    tally.add(**{f"{name}_age_{age}": 4.0 for name in ("tokens", "gap") for age in range(4)})
+    tally.mismatch_histogram[10] = 16.0
+    return StepRecord(
+        step=8,
+        stage="math",
+        sampled=True,
+        lr=1e-4,
+        report=StepReport(grad_norm=1.0, tally=tally),
+        groups=(Group("math", 7), Group("code", 5)),
+        seconds=2.0,
+        waited_s=0.5,
+        buffer={"in_flight": 1, "buffered": 2, "admitted": 9, "trained": 4, "filtered": 1, "failed": 1},
+        export=Export(version=8, handle=None, num_bytes=100, unchanged_fraction=0.9),
+        publish_s=0.1,
+        worker_seconds={"learner": {"wait": 1.0, "begin_stage": 1.0}, "sampler-0": {"generate": 2.0}},
+    )
+
+
+def test_every_key_of_a_step_is_documented_and_nothing_else_is() -> None:
+    produced = {*step_metrics(full_record()), "time"}
+    patterns = documented("metrics.jsonl")
+    assert not {key for key in produced if not any(matches(key, pattern) for pattern in patterns)}
+    assert not {pattern for pattern in patterns if not any(matches(key, pattern) for key in produced)}
+
+
+async def test_every_key_of_an_evaluation_is_documented_and_nothing_else_is() -> None:
+    class Fleet:
+        async def sample(self, request: Any) -> tuple[None, GroupSummary]:
+            return None, Group("math", 0).summary
+
+    class Verifier:
+        name = "verifier"
+
+        async def judge(self, handle: None) -> tuple[Judgement, ...]:
+            return Group("math", 0).judgements
+
+    eval_set = EvalSet(name="math", prompts=[Group("math", 0).prompt], num_samples=2, temperature=1.0, max_tokens=5)
+    settings = RunSettings(seed=0, limits=Limits())
+    row = await evaluate(eval_set, Fleet(), Verifier(), settings)  # type: ignore[arg-type]
+    assert {*row, "eval", "when", "step", "time"} == set(documented("eval.jsonl"))
+
+
+def test_every_event_is_documented_and_nothing_else_is() -> None:
+    assert set(documented("events.jsonl")) == {*EVENT_LINES, "run_end"}
