@@ -65,8 +65,10 @@ def normalize(answer: str) -> str:
     answer = _TEXT_WRAPPERS.sub(r"\1", answer)
     for command in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\ ", "~"):
         answer = answer.replace(command, "")
-    answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-")
-    answer = answer.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("^\\circ", "").replace("^{\\circ}", "")
+    answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\u2212", "-")
+    answer = (
+        answer.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("^\\circ", "").replace("^{\\circ}", "")
+    )
     # Space between two digits has a meaning (a mixed number, a list); elsewhere it has none.
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer.strip()).rstrip(".")
 

@@ -97,7 +97,9 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -144,7 +146,9 @@ class _Worker:
             _expect(run, "ready", deadline)
             result = _expect(run, "math", deadline)
         except RunTimeoutError:
-            return Verdict(reward=0.0, outcome=Outcome.TIMEOUT, parts={"format": 1.0, "accuracy": 0.0}, detail=answer[:80])
+            return Verdict(
+                reward=0.0, outcome=Outcome.TIMEOUT, parts={"format": 1.0, "accuracy": 0.0}, detail=answer[:80]
+            )
         except RunEndedError as error:
             # Parsing the answer exhausted the child's memory or stack: no gold does, so no such answer is right.
             return _math_verdict(False, f"could not be compared ({error}): {answer[:80]}")
@@ -164,7 +168,9 @@ class _Worker:
             detail = self._run_tests(program, setup, plan, passed)
         except RunTimeoutError:
             parts["tests_passed"] = float(sum(passed))
-            return Verdict(reward=0.0, outcome=Outcome.TIMEOUT, parts=parts, detail=f"no result in {self._deadline_s:g} s")
+            return Verdict(
+                reward=0.0, outcome=Outcome.TIMEOUT, parts=parts, detail=f"no result in {self._deadline_s:g} s"
+            )
         correct = len(passed) == plan.num_tests and all(passed)
         parts |= {"accuracy": float(correct), "tests_passed": float(sum(passed))}
         return Verdict(
@@ -195,7 +201,13 @@ class _Worker:
         judge = self._programs.spawn(channel.fileno())
         channel.close()
         try:
-            job = {"prelude": "", "setup": setup, "proxies": plan.proxies, "modules": plan.modules, "tests": plan.judged}
+            job = {
+                "prelude": "",
+                "setup": setup,
+                "proxies": plan.proxies,
+                "modules": plan.modules,
+                "tests": plan.judged,
+            }
             judge.send({"kind": "judge", **job}, deadline)
             _expect(judge, "ready", deadline)
             for index in range(len(plan.judged)):

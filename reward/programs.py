@@ -61,7 +61,9 @@ def check_code_reference(reference: Mapping[str, Any]) -> None:
         raise ValueError("reference['tests'] must be a list of Python snippets with at least one entry")
     for test in tests:
         if not isinstance(test, str):
-            raise ValueError(f"a test must be a Python snippet, got {type(test).__name__}: stdin/stdout tests are not supported")
+            raise ValueError(
+                f"a test must be a Python snippet, got {type(test).__name__}: stdin/stdout tests are not supported"
+            )
         try:
             ast.parse(test)
         except SyntaxError as error:

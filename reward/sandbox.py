@@ -234,7 +234,9 @@ class Sandbox:
             self._log.seek(0)
             tail = self._log.read().decode(errors="replace")[-2000:]
         self.close()
-        return SandboxError(f"the sandbox's fork server failed ({why}); its log ends: {tail.strip()[-1500:] or 'empty'}")
+        return SandboxError(
+            f"the sandbox's fork server failed ({why}); its log ends: {tail.strip()[-1500:] or 'empty'}"
+        )
 
     def __del__(self) -> None:
         if self._process is not None:

@@ -66,13 +66,12 @@ def max_prompt_tokens(data: GeneratedData | DatasetData) -> int:
 
 def max_model_len(recipe: Recipe) -> int:
     """The longest sequence any stage or evaluation can ask of a sampler."""
-    return max(
-        max_prompt_tokens(recipe.data[item.data]) + item.max_response_tokens for item in (*recipe.stage, *recipe.eval)
-    )
+    items = (*recipe.stage, *recipe.eval)
+    return max(max_prompt_tokens(recipe.data[item.data]) + item.max_response_tokens for item in items)
 
 
 def num_parameters(recipe: Recipe) -> int | None:
-    """Exact for a model on disk, within a tenth for one to be built; for a hub name, read off the name ("7B"); None if it says nothing."""
+    """Exact for a model on disk, within a tenth for one to be built; for a hub name what the name says ("7B"), or None."""
     build = recipe.model.build
     if build is not None:
         hidden, head = build.hidden_size, build.vocab_size * build.hidden_size

@@ -104,7 +104,9 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
                 console=console,
             )
             with tracker:
-                tracker.log("event", {"event": "ready", "seconds": time.perf_counter() - started})
+                tracker.log(
+                    "event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)}
+                )
                 code = _supervise(recipe, plan, workers, tracker, run_dir, console)
     if code == 0:
         console.print(summarize_run(run_dir))

@@ -16,7 +16,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TREE: dict[str, Any] = {
     "name": "t",
     "model": {"path": "some/model-7B"},
-    "data": {"math": {"source": "dataset", "path": "x.jsonl", "task": "math", "prompt": "{problem}", "answer": "answer"}},
+    "data": {
+        "math": {"source": "dataset", "path": "x.jsonl", "task": "math", "prompt": "{problem}", "answer": "answer"}
+    },
     "defaults": {"steps": 3, "prompts_per_step": 4, "max_response_tokens": 16, "lr": 1e-4, "algo": {"name": "grpo"}},
     "stage": [
         {"name": "warm", "data": "math", "algo": {"name": "sft"}, "lr": 1e-3},
@@ -60,7 +62,12 @@ def test_a_wrong_key_or_value_is_refused_with_its_place_and_a_remedy(override: s
 
 def test_batch_arithmetic_suggests_settings_that_work() -> None:
     """2 prompts x 2 rollouts = 4 rollouts cannot occupy 6 ranks: 3 prompts (6 rollouts) can, and so can 4 ranks."""
-    overrides = ["stage.rl.prompts_per_step=2", "stage.rl.algo.group_size=2", "learner.ranks=6", "stage.warm.prompts_per_step=6"]
+    overrides = [
+        "stage.rl.prompts_per_step=2",
+        "stage.rl.algo.group_size=2",
+        "learner.ranks=6",
+        "stage.warm.prompts_per_step=6",
+    ]
     with pytest.raises(RecipeError, match=r"prompts_per_step >= 3, or learner.ranks <= 4"):
         build_recipe(TREE, overrides)
     build_recipe(TREE, [*overrides, "stage.rl.prompts_per_step=3"])

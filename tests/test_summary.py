@@ -167,11 +167,11 @@ def test_models_that_cannot_be_compared_cost_only_their_table(run_dir: Path) -> 
 
 
 def test_weights_are_compared_bit_for_bit_by_kind_over_all_files(tmp_path: Path) -> None:
-    """q of two layers: 3 and 2 of 4 unchanged, where -0.0 is a change and an equal NaN is none; one norm untouched."""
+    """q of two layers: 3 and 2 of 4 unchanged, where -0.0 is a change and the same NaN is none: == would count 4."""
     nan = float("nan")
     before = model(
         tmp_path / "before",
-        model__layers__0__self_attn__q_proj__weight=torch.tensor([0.0, 1, nan, 2]),
+        model__layers__0__self_attn__q_proj__weight=torch.tensor([0.0, nan, nan, 2]),
         model__layers__1__self_attn__q_proj__weight=torch.tensor([1.0, 1, 1, 1]),
         model__layers__0__self_attn__q_proj__bias=torch.tensor([1.0]),
         model__layers__0__input_layernorm__weight=torch.ones(2),
@@ -181,7 +181,7 @@ def test_weights_are_compared_bit_for_bit_by_kind_over_all_files(tmp_path: Path)
     after = tmp_path / "after"
     model(
         after,
-        model__layers__0__self_attn__q_proj__weight=torch.tensor([-0.0, 1, nan, 2]),
+        model__layers__0__self_attn__q_proj__weight=torch.tensor([-0.0, nan, nan, 2]),
         model__layers__0__self_attn__q_proj__bias=torch.tensor([2.0]),
         model__layers__0__input_layernorm__weight=torch.ones(2),
         lm_head__weight=torch.tensor([1, 1, 2]).bfloat16(),

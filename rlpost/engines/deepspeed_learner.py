@@ -22,7 +22,7 @@ from torch import Tensor
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime import bf16_optimizer
 
 from rlpost.core.batching import collate, plan_micro_batches
 from rlpost.core.metrics import StepReport, Tally
@@ -34,6 +34,7 @@ from rlpost.types import Rollout
 MAX_BUCKET_ELEMENTS = 200_000_000
 """Gradients are reduced in buckets of at most this many elements."""
 TAG = "deepspeed"
+"""Name of DeepSpeed's own folder in a checkpoint."""
 NO_ROLLOUT = torch.zeros(1, 2, dtype=torch.int64)
 """[1, 2] token ids for a backward pass without rollouts; nothing of it is on a loss mask."""
 
@@ -52,6 +53,8 @@ def init_distributed(
     # DeepSpeed would compile this extension on the spot, and a build killed half-way leaves a lock that hangs every
     # later process for ever. gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # BF16_Optimizer reports memory four times to stdout, each after a full garbage collection: most of its start-up.
+    bf16_optimizer.see_memory_usage = _no_report
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -100,13 +103,12 @@ class DeepSpeedLearner:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._scorer = Scorer(policy).train()
         num_elements = sum(p.numel() for p in policy.parameters())
-        with _quiet():
-            self._engine: Any = deepspeed.initialize(
-                model=self._scorer,
-                optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
-                config=_config(dtype, zero_stage, num_elements),
-                dist_init_required=False,
-            )[0]
+        self._engine: Any = deepspeed.initialize(
+            model=self._scorer,
+            optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
+            config=_config(dtype, zero_stage, num_elements),
+            dist_init_required=False,
+        )[0]
         self._spec: StageSpec | None = None
         self._reference: Scorer | None = None
         self._tallies: list[Tally] = []
@@ -206,7 +208,7 @@ class DeepSpeedLearner:
                     f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state"
                     f" is sharded that way, so resume with {key} = {saved[key]}"
                 )
-        with _quiet():
+        with redirect_stdout(StringIO()):  # BF16_Optimizer prints a debugging line
             loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise RuntimeError(f"{path / TAG} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
@@ -243,7 +245,7 @@ class DeepSpeedLearner:
         The reduction averages over ranks, so dividing by denominator / world_size divides the sum by the denominator.
         """
         optimizer, scale = self._engine.optimizer, denominator / self._world_size
-        if isinstance(optimizer, BF16_Optimizer):
+        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
             for gradient in optimizer.fp32_groups_gradients_flat:
                 gradient.div_(scale)
             yield
@@ -278,13 +280,6 @@ class DeepSpeedLearner:
         return {"world_size": self._world_size, "zero_stage": self._zero_stage, "dtype": str(self._dtype)}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """BF16_Optimizer prints memory reports and debugging lines, whatever its logger's level."""
-    with redirect_stdout(StringIO()):
-        yield
-
-
 def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:
     bucket = min(num_elements + num_elements % 2, MAX_BUCKET_ELEMENTS)
     return {
@@ -303,6 +298,9 @@ def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str,
             "allgather_bucket_size": bucket,
         },
     }
+
+
+def _no_report(message: str, force: bool = False) -> None: ...
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CPU_PREFILL_TOKENS = 2048
 """Prompt tokens of one step on CPU, unless one prompt alone is longer."""
+CPU_BLOCK_TOKENS = 32
+"""Only whole blocks of a prompt are shared by the rollouts of a group, and vLLM's 128 on CPU exceed many a prompt."""
 
 
 def environment(device: str, *, num_threads: int = 1) -> dict[str, str]:
@@ -105,6 +107,7 @@ class VllmSampler:
             # A step in flight across `update` would mix two versions in one token.
             async_scheduling=False,
             enable_prefix_caching=True,
+            block_size=CPU_BLOCK_TOKENS if on_cpu else None,
             generation_config="vllm",
             # The distribution that was sampled, temperature included; vLLM's default reports the one before it.
             logprobs_mode="processed_logprobs",

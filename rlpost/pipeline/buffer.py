@@ -15,9 +15,9 @@ At most (S + 1) P groups are alive. With S = 0 nothing of step t + 1 is admitted
 step t produced: the synchronous loop. Stages queue separately: a group dropped at the end of one stage is replaced within
 that stage, so a stage switch neither drains the pipeline nor shifts the next stage's steps.
 
-Stragglers. `defer` makes an unfinished group change places with a finished one behind it. This is the one move that can
-make a group train later than it was admitted for; the learner then masks the tokens older than S (`core.batching.collate`), so the
-bound still holds for every trained token, and no whole group is thrown away for its age.
+Stragglers. `defer` makes an unfinished group change places with a finished one behind it. This is the one move that
+can make a group train later than it was admitted for; the learner then masks the tokens older than S
+(`core.batching.collate`), so the bound still holds for every trained token, and no whole group is thrown away for its age.
 """
 
 from __future__ import annotations

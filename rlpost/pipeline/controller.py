@@ -141,7 +141,7 @@ class Controller:
                 self.fleet = Fleet(self.workers, self.settings.limits, tasks.create_task, self._event)
                 tasks.create_task(self._train_loop())
                 tasks.create_task(self._rollout_loop())
-        except* Exception as errors:
+        except* Exception as errors:  # noqa: BLE001 - unwrapped and raised again
             first: BaseException = errors
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]

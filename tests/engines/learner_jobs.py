@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import socket
 import traceback
@@ -12,18 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from rlpost.core.metrics import StepReport, Tally
+from rlpost.core.metrics import StepReport
 from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
 
-VOCAB = 300
-CHILD_TIMEOUT_S = 120
+CHILD_TIMEOUT_S = 240
 LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
 """With so large an eps, AdamW's first update is almost lr x gradient: comparing weights compares gradients, and not
 only their signs."""
+NOISE = torch.tensor([-0.5, -0.1, 0.05, 0.1, 0.5])
+"""Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
 SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
 
 
@@ -44,13 +47,13 @@ DEEPSPEED = [Kind(stage, dtype) for dtype in (torch.float32, torch.bfloat16) for
 
 @dataclass(frozen=True)
 class Job:
-    """Learn for `num_steps` steps from the same rollouts, from the beginning or from a checkpoint."""
+    """Learn for some steps from the same rollouts, from the beginning or from a checkpoint."""
 
     kind: Kind
     model_path: Path
     num_steps: int = 3
     spec: StageSpec = SPEC
-    lr: float = 1.0
+    lr: float = 0.05
     denominator: float = 20.0
     rows: tuple[int, ...] = tuple(range(12))
     """Which rollouts, in which order."""
@@ -60,6 +63,8 @@ class Job:
     gradient_checkpointing: bool = False
     load: Path | None = None
     save: Path | None = None
+    save_after: int = 2
+    """Steps."""
 
 
 @dataclass
@@ -68,6 +73,8 @@ class Result:
     masters: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     reports: list[StepReport] = field(default_factory=list)
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+    """Masters when the checkpoint was written."""
 
     @property
     def moved(self) -> Tensor:
@@ -79,26 +86,37 @@ class Result:
         return [report.grad_norm for report in self.reports]
 
 
-def make_rollouts() -> tuple[list[Rollout], list[float]]:
-    """Twelve rollouts of 7 to 20 tokens, three of them without advantage; sampled one version ago at most."""
+@functools.cache
+def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
+    """Twelve rollouts of 7 to 20 tokens, two of them without advantage, from a sampler near the model at SPEC's
+    temperature, in flight while its weights were swapped."""
+    policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     rollouts = []
     for index in range(12):
         num_prompt, num_response = 3 + index % 4, 4 + (7 * index) % 11
         length = num_prompt + num_response
         mask = torch.arange(length) >= num_prompt
-        noise = 0.4 * torch.randn(length, generator=generator)
+        token_ids = torch.randint(0, policy.config.vocab_size, (length,), generator=generator)
+        noise = NOISE[torch.randint(0, len(NOISE), (length,), generator=generator)]
         rollouts.append(
             Rollout(
-                token_ids=torch.randint(0, VOCAB, (length,), generator=generator),
+                token_ids=token_ids,
                 loss_mask=mask,
-                sampler_logprobs=torch.where(mask, -5.7 + noise, 0.0),
+                sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids) + noise, 0.0),
                 spans=(VersionSpan(version=0, start=0, end=2), VersionSpan(version=1, start=2, end=num_response)),
                 finish_reason="stop",
                 text="",
             )
         )
     return rollouts, [1.0, -0.5, 0.0, 2.0, -1.0, 0.5] * 2
+
+
+@torch.no_grad()
+def dense_logprobs(policy: Any, token_ids: Tensor) -> Tensor:
+    """[L] log-prob of every token after those before it, at SPEC's temperature; 0 for the first."""
+    table = torch.log_softmax(policy(token_ids[None]).logits[0, :-1] / SPEC.temperature, -1)
+    return torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])
 
 
 def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
@@ -128,7 +146,7 @@ def masters(learner: Any) -> dict[str, Tensor]:
 
 
 def train(learner: LearnerEngine, job: Job) -> StepReport:
-    rollouts, advantages = make_rollouts()
+    rollouts, advantages = make_rollouts(job.model_path)
     for start, end in zip((0, *job.cuts), (*job.cuts, len(job.rows)), strict=True):
         rows = job.rows[start:end]
         learner.accumulate(
@@ -143,10 +161,13 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     if job.load is not None:
         learner.load(job.load)
     before = masters(learner)
-    reports = [train(learner, job) for _ in range(job.num_steps)]
-    if job.save is not None:
-        learner.save(job.save)
-    result = Result(before, masters(learner), dict(learner.weights()), reports)
+    reports, saved = [], {}
+    for step in range(job.num_steps):
+        reports.append(train(learner, job))
+        if job.save is not None and step + 1 == job.save_after:
+            learner.save(job.save)
+            saved = masters(learner)
+    result = Result(before, masters(learner), dict(learner.weights()), reports, saved)
     close(learner)
     return result
 
@@ -206,7 +227,3 @@ def _serve(pipe: Any, jobs: list[Job], rank: int, world_size: int, port: int) ->
     with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
         torch.save(answer, file)
     pipe.send(file.name)
-
-
-def merged_tally(results: Sequence[Result], step: int) -> Tally:
-    return Tally.merge(result.reports[step].tally for result in results)

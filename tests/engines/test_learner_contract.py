@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from rlpost.core.metrics import Tally
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, Supervised
 from rlpost.core.weights import unchanged_fraction
 from rlpost.engines.base import LearnerEngine
@@ -27,11 +28,11 @@ from tests.engines.learner_jobs import (
     Kind,
     Result,
     close,
+    dense_logprobs,
     free_port,
     make_learner,
     make_rollouts,
     masters,
-    merged_tally,
     run,
     run_in_children,
     train,
@@ -91,7 +92,7 @@ def test_the_plain_learner_takes_the_step_of_the_dense_formula(tied_model: Path)
     """Gradient of -sum min(r A, clip(r) A) / D over dense log-softmax tables, clipped to norm 0.01; then AdamW's first
     step, w - lr (g / (|g| + eps) + decay w), since both of its moments are then the gradient's own."""
     policy = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
-    rollouts, advantages = make_rollouts()
+    rollouts, advantages = make_rollouts(tied_model)
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / 0.8, -1)
         logprobs = table.gather(-1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
@@ -141,15 +142,15 @@ def test_three_steps_are_those_of_the_specification(kind: Kind, tied_model: Path
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
 def test_clipping_bounds_the_mean_gradient_and_not_the_sum(kind: Kind, tied_model: Path) -> None:
-    """The mean gradient's norm is about 1; the sum's is 20 times that. A bound of 3 must not act, one of 0.3 must."""
-    loose, tight = (replace(SPEC, optimizer=replace(LINEAR, max_grad_norm=norm)) for norm in (3.0, 0.3))
+    """The sum's norm is 20 times the mean's. A bound between them must not act, one of half the mean's norm must."""
     free = run(Job(kind, tied_model, num_steps=1))
-    assert 0.6 < free.norms[0] < 3.0
+    bounds = (2 * free.norms[0], 0.5 * free.norms[0])
+    loose, tight = (replace(SPEC, optimizer=replace(LINEAR, max_grad_norm=bound)) for bound in bounds)
     assert error(run(Job(kind, tied_model, num_steps=1, spec=loose)), free) < 1e-5
     clipped, expected = (run(Job(k, tied_model, num_steps=1, spec=tight)) for k in (kind, PLAIN))
     assert error(clipped, expected) < TOLERANCE[kind.dtype]
     assert clipped.norms == free.norms  # reported before clipping
-    assert clipped.moved.norm() < 0.5 * free.moved.norm()
+    assert clipped.moved.norm() < 0.7 * free.moved.norm()
 
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
@@ -177,19 +178,16 @@ def test_an_untied_model_of_long_rows_scores_tokens_as_the_model_itself_does(
     policy = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     token_ids = torch.randint(0, 250, (200,), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(200) >= 5
-    with torch.no_grad():
-        table = torch.log_softmax(policy(token_ids[None]).logits[0, :-1] / 0.8, -1)
-    logprobs = torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])
     rollout = Rollout(
         token_ids=token_ids,
         loss_mask=mask,
-        sampler_logprobs=torch.where(mask, logprobs, 0.0),
+        sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids), 0.0),
         spans=(VersionSpan(version=1, start=0, end=195),),
         finish_reason="stop",
         text="",
     )
     learner = make(model_path=tiny_model)
-    short = make_rollouts()[0][0]
+    short = make_rollouts(tiny_model)[0][0]
     learner.accumulate([rollout, short], [1.0, 0.0], learner_version=1, max_staleness=0)
     tally = learner.step(denominator=1.0, lr=0.0).tally
     assert tally.sums["tokens"] == 195
@@ -234,11 +232,13 @@ def test_a_step_without_gradient_follows_its_momentum(kind: Kind, make: Callable
 
 
 @pytest.mark.parametrize("kind", kinds, indirect=True)
-def test_a_gradient_that_is_not_finite_is_an_error_and_moves_nothing(make: Callable[..., Any]) -> None:
+def test_a_gradient_that_is_not_finite_is_an_error_and_moves_nothing(
+    kind: Kind, make: Callable[..., Any], tied_model: Path
+) -> None:
     """Sampled at log-prob -10,000 and unwanted: the ratio overflows."""
     learner: LearnerEngine = make()
     before = masters(learner)
-    rollouts, _ = make_rollouts()
+    rollouts, _ = make_rollouts(tied_model)
     broken = replace(rollouts[0], sampler_logprobs=torch.where(rollouts[0].loss_mask, -1e4, 0.0))
     learner.accumulate([rollouts[1], broken], [1.0, -1.0], learner_version=1, max_staleness=1)
     with pytest.raises(RuntimeError, match="gradient's norm is"):
@@ -266,7 +266,7 @@ def test_weights_are_copies_under_checkpoint_names_with_tied_ones_once(
 
 @pytest.mark.parametrize("kind", kinds, indirect=True)
 def test_weights_are_the_masters_rounded_to_the_served_dtype(kind: Kind, tied_model: Path) -> None:
-    result = run(Job(kind, tied_model, num_steps=2, lr=0.1))
+    result = run(Job(kind, tied_model, num_steps=2))
     assert same(result.weights, {name: p.to(kind.dtype) for name, p in result.masters.items()})
 
 
@@ -317,7 +317,7 @@ def test_the_reference_is_the_policy_of_the_start_of_the_stage(
 ) -> None:
     """KL to it is 0 at first, then not; and 0 again in the next stage, which starts from the moved policy."""
     spec = replace(SPEC, objective=PolicyGradient(kl_coef=0.01))
-    job = Job(kind, tied_model, spec=spec, lr=0.3)
+    job = Job(kind, tied_model, spec=spec)
     learner = make(spec=spec)
     noise = 1e-3 if kind.dtype == torch.bfloat16 else 1e-6
     per_token = [train(learner, job).tally for _ in range(2)]
@@ -363,8 +363,7 @@ def test_settings_that_train_wrongly_are_refused(tied_model: Path, change: dict[
 
 # -- several ranks, and resuming ---------------------------------------------------------------------------------------
 
-FEW: dict[str, Any] = {"rows": (0,), "cuts": (), "num_steps": 1}
-"""One rollout on two ranks: one of them has nothing to train, and the collectives must still meet."""
+KL_SPEC = replace(SPEC, objective=PolicyGradient(kl_coef=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -372,85 +371,87 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def two_rank_jobs(model_path: Path, checkpoints: Path) -> dict[str, Job]:
-    kl = replace(SPEC, objective=PolicyGradient(kl_coef=0.5), optimizer=OptimizerSpec())
-    jobs = {}
-    for kind in DEEPSPEED:
-        jobs[f"{kind}"] = Job(kind, model_path)
-        jobs[f"{kind} few"] = Job(kind, model_path, **FEW)
-        adam = Job(kind, model_path, spec=kl, lr=1e-3)
-        jobs[f"{kind} whole"] = replace(adam, num_steps=4)
-        jobs[f"{kind} half"] = replace(adam, num_steps=2, save=checkpoints / f"two-{kind}")
-    return jobs
+def whole_run(kind: Kind, model_path: Path, save: Path) -> Job:
+    """Four steps, a checkpoint after two."""
+    return Job(kind, model_path, num_steps=4, spec=KL_SPEC, save=save)
+
+
+def rest_of(job: Job) -> Job:
+    return replace(job, num_steps=job.num_steps - job.save_after, load=job.save, save=None)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tied_model: Path, checkpoints: Path) -> dict[str, list[Result]]:
-    """Results per job, one per rank; all from one start of two processes."""
-    jobs = two_rank_jobs(tied_model, checkpoints)
+def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
+    """The whole run of every kind, and a step of one rollout: one of the ranks has nothing to train, and the
+    collectives must still meet."""
+    jobs = {str(kind): whole_run(kind, tied_model, checkpoints / f"two-{kind}") for kind in DEEPSPEED}
+    few = {f"{kind}-few": Job(kind, tied_model, rows=(0,), cuts=(), num_steps=1) for kind in DEEPSPEED[:3]}
+    return jobs | few
+
+
+@pytest.fixture(scope="module")
+def two_ranks(two_rank_jobs: dict[str, Job]) -> dict[str, list[Result]]:
+    """Results per job and rank; one start of two processes serves all jobs."""
+    ranks = run_in_children(list(two_rank_jobs.values()), world_size=2)
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(two_rank_jobs)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks_resumed(two_rank_jobs: dict[str, Job], two_ranks: object) -> dict[str, list[Result]]:
+    jobs = {name: rest_of(job) for name, job in two_rank_jobs.items() if job.save is not None}
     ranks = run_in_children(list(jobs.values()), world_size=2)
-    return dict(zip(jobs, zip(*ranks, strict=True), strict=True))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def two_ranks_resumed(
-    tied_model: Path, checkpoints: Path, two_ranks: dict[str, list[Result]]
-) -> dict[str, list[Result]]:
-    jobs = two_rank_jobs(tied_model, checkpoints)
-    jobs = {name: replace(job, save=None, load=job.save) for name, job in jobs.items() if job.save is not None}
-    ranks = run_in_children(list(jobs.values()), world_size=2)
-    return dict(zip(jobs, zip(*ranks, strict=True), strict=True))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("kind", deepspeed_kinds)
-def test_two_ranks_take_the_steps_of_one(kind: Kind, tied_model: Path, two_ranks: dict[str, list[Result]]) -> None:
-    for name, job in ((f"{kind}", Job(PLAIN, tied_model)), (f"{kind} few", Job(PLAIN, tied_model, **FEW))):
-        results, expected = two_ranks[name], run(job)
-        assert same(results[0].weights, results[1].weights)
-        assert results[0].norms == results[1].norms
-        assert error(results[0], expected) < TOLERANCE[kind.dtype]
-        assert results[0].norms == pytest.approx(expected.norms, rel=TOLERANCE[kind.dtype])
-        tokens = expected.reports[0].tally.sums["tokens"]
-        assert merged_tally(results, 0).sums["tokens"] == tokens
-
-
-@pytest.mark.parametrize("kind", deepspeed_kinds)
-def test_two_ranks_resume_bit_for_bit_in_fresh_processes(
-    kind: Kind, two_ranks: dict[str, list[Result]], two_ranks_resumed: dict[str, list[Result]]
-) -> None:
-    check_resumed(two_ranks[f"{kind} whole"], two_ranks[f"{kind} half"], two_ranks_resumed[f"{kind} half"])
-
-
-@pytest.fixture(scope="module")
-def resumed(
-    process_group: None, tied_model: Path, checkpoints: Path
-) -> dict[str, tuple[list[Result], list[Result], list[Result]]]:
-    """Four steps; two steps and a checkpoint; two more in a fresh process."""
-    spec = replace(SPEC, objective=PolicyGradient(kl_coef=0.5), optimizer=OptimizerSpec())
-    wholes = {str(k): Job(k, tied_model, num_steps=4, spec=spec, lr=1e-3) for k in (PLAIN, *DEEPSPEED)}
-    halves = {name: replace(job, num_steps=2, save=checkpoints / f"one-{name}") for name, job in wholes.items()}
-    first = {name: (run(wholes[name]), run(halves[name])) for name in wholes}
-    rest = run_in_children([replace(job, save=None, load=job.save) for job in halves.values()], world_size=1)[0]
-    return {n: ([w], [h], [r]) for (n, (w, h)), r in zip(first.items(), rest, strict=True)}
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(jobs)}
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("kind", [PLAIN, *DEEPSPEED], ids=str)
-def test_a_fresh_process_resumes_bit_for_bit(kind: Kind, resumed: dict[str, tuple[list[Result], ...]]) -> None:
-    check_resumed(*resumed[str(kind)])
+@pytest.mark.parametrize("name", [*map(str, DEEPSPEED), *(f"{kind}-few" for kind in DEEPSPEED[:3])])
+def test_two_ranks_take_the_steps_of_one(
+    name: str, two_rank_jobs: dict[str, Job], two_ranks: dict[str, list[Result]]
+) -> None:
+    job, results = two_rank_jobs[name], two_ranks[name]
+    expected, tolerance = run(replace(job, kind=PLAIN, save=None)), TOLERANCE[job.kind.dtype]
+    assert same(results[0].weights, results[1].weights)
+    assert results[0].norms == results[1].norms == pytest.approx(expected.norms, rel=tolerance)
+    assert error(results[0], expected) < tolerance
+    merged = Tally.merge(result.reports[0].tally for result in results)
+    assert merged.sums["tokens"] == expected.reports[0].tally.sums["tokens"]
+    assert merged.sums["loss"] == pytest.approx(expected.reports[0].tally.sums["loss"], rel=3 * tolerance)
 
 
-def check_resumed(whole: list[Result], half: list[Result], rest: list[Result]) -> None:
-    for w, h, r in zip(whole, half, rest, strict=True):
-        assert same(r.before, h.masters) and not same(r.before, h.before)
-        assert same(r.masters, w.masters) and same(r.weights, w.weights)
-        assert h.norms + r.norms == w.norms
-        assert [x.tally.sums for x in h.reports + r.reports] == [x.tally.sums for x in w.reports]
+@pytest.mark.engines
+@pytest.mark.parametrize("name", map(str, DEEPSPEED))
+def test_two_ranks_resume_bit_for_bit_in_fresh_processes(
+    name: str, two_ranks: dict[str, list[Result]], two_ranks_resumed: dict[str, list[Result]]
+) -> None:
+    for whole, rest in zip(two_ranks[name], two_ranks_resumed[name], strict=True):
+        check_resumed(whole, rest)
+
+
+@pytest.fixture(scope="module")
+def resumed(process_group: None, tied_model: Path, checkpoints: Path) -> dict[str, tuple[Result, Result]]:
+    """Whole runs here, and their second halves in one fresh process."""
+    jobs = [whole_run(kind, tied_model, checkpoints / f"one-{kind}") for kind in (PLAIN, *DEEPSPEED)]
+    wholes = [run(job) for job in jobs]
+    rests = run_in_children([rest_of(job) for job in jobs], world_size=1)[0]
+    return {str(j.kind): (w, r) for j, w, r in zip(jobs, wholes, rests, strict=True)}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", map(str, (PLAIN, *DEEPSPEED)))
+def test_a_fresh_process_resumes_bit_for_bit(name: str, resumed: dict[str, tuple[Result, Result]]) -> None:
+    check_resumed(*resumed[name])
+
+
+def check_resumed(whole: Result, rest: Result) -> None:
+    assert same(rest.before, whole.saved) and not same(whole.saved, whole.before)
+    assert rest.norms == whole.norms[2:]
+    assert [r.tally.sums for r in rest.reports] == [r.tally.sums for r in whole.reports[2:]]
+    assert same(rest.masters, whole.masters) and same(rest.weights, whole.weights)
 
 
 @pytest.mark.engines
 def test_a_checkpoint_of_other_ranks_is_refused_by_both_numbers(
-    process_group: None, two_ranks: dict[str, list[Result]], tied_model: Path, checkpoints: Path
+    process_group: None, two_ranks: object, tied_model: Path, checkpoints: Path
 ) -> None:
     kind = DEEPSPEED[0]
     with pytest.raises(ValueError, match="saved with world_size = 2 and this learner has world_size = 1"):
@@ -458,10 +459,9 @@ def test_a_checkpoint_of_other_ranks_is_refused_by_both_numbers(
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize(("other", "key"), [(Kind(2, torch.float32), "zero_stage"), (Kind(1, torch.bfloat16), "dtype")])
 def test_a_checkpoint_of_another_zero_stage_or_dtype_is_refused(
-    resumed: object, tied_model: Path, checkpoints: Path
+    other: Kind, key: str, resumed: object, tied_model: Path, checkpoints: Path
 ) -> None:
-    path = checkpoints / f"one-{Kind(1, torch.float32)}"
-    for kind, key in ((Kind(2, torch.float32), "zero_stage"), (Kind(1, torch.bfloat16), "dtype")):
-        with pytest.raises(ValueError, match=f"saved with {key}"):
-            run(Job(kind, tied_model, load=path))
+    with pytest.raises(ValueError, match=f"saved with {key}"):
+        run(Job(other, tied_model, load=checkpoints / f"one-{DEEPSPEED[0]}"))

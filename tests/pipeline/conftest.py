@@ -24,7 +24,9 @@ from rlpost.types import Judgement, Prompt, Rollout, RolloutGroup
 from rlpost.workers.local import LocalLearner, LocalSampler, LocalVerifier, LocalWorkers
 
 PROMPTS = tuple(
-    Prompt(id=f"prompt-{i}", token_ids=(10 + i, 20, 30), task="math", reference={}, demonstration_ids=(40 + i % 7, 41, 1))
+    Prompt(
+        id=f"prompt-{i}", token_ids=(10 + i, 20, 30), task="math", reference={}, demonstration_ids=(40 + i % 7, 41, 1)
+    )
     for i in range(12)
 )
 

@@ -111,9 +111,11 @@ def test_no_schedule_breaks_the_bound_or_loses_a_prompt(
     for stage in range(len(plans)):
         ordinals = sorted(ordinal for s, ordinal in outcome.ended if s == stage)
         assert ordinals == list(range(len(ordinals)))
-    capacity = max((p.max_staleness + 1) * p.groups_per_step for p in plans if p.max_staleness is not None) if any(
-        p.max_staleness is not None for p in plans
-    ) else 0
+    capacity = (
+        max((p.max_staleness + 1) * p.groups_per_step for p in plans if p.max_staleness is not None)
+        if any(p.max_staleness is not None for p in plans)
+        else 0
+    )
     if len(plans) == 1:
         assert outcome.max_alive <= capacity
 

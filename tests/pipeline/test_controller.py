@@ -152,7 +152,9 @@ def test_groups_reach_the_learner_before_their_batch_is_complete(make_run: MakeR
 
 def test_evaluation_judges_one_version_while_training_goes_on(make_run: MakeRun) -> None:
     sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
-    run = make_run([make_stage("a", staleness=1, steps=3), make_stage("b", staleness=1, steps=2)], eval_sets=sets).start()
+    run = make_run(
+        [make_stage("a", staleness=1, steps=3), make_stage("b", staleness=1, steps=2)], eval_sets=sets
+    ).start()
     rows = run.tracker.of("eval")
     assert [(row["when"], row["step"]) for row in rows] == [("start", 0), ("a", 3), ("b", 5)]
     assert all(row["num_prompts"] == 4 for row in rows)

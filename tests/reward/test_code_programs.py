@@ -16,7 +16,11 @@ import pytest
 from reward import Outcome, RewardPool, Verdict, check_reference, gold_response
 from reward.programs import extract_program, plan_tests
 
-REFERENCE = {"tests": ["assert f(2) == 4", "assert f(-3) == -6", "assert f([1]) == [1, 1]"], "setup": "", "entry_point": "f"}
+REFERENCE = {
+    "tests": ["assert f(2) == 4", "assert f(-3) == -6", "assert f([1]) == [1, 1]"],
+    "setup": "",
+    "entry_point": "f",
+}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,9 @@ def test_five_hundred_runs_leave_descriptors_and_processes_as_they_were(pool: Re
 def test_close_ends_every_process_and_descriptor() -> None:
     before = psutil.Process().num_fds(), len(psutil.Process().children(recursive=True))
     with RewardPool(num_workers=2, deadline_s=2.0) as pool:
-        items = [("code", f"```python\ndef f(x):\n    return 2 * x if {i} == 0 else x\n```", REFERENCE) for i in range(6)]
+        items = [
+            ("code", f"```python\ndef f(x):\n    return 2 * x if {i} == 0 else x\n```", REFERENCE) for i in range(6)
+        ]
         assert [v.reward for v in pool.score_many(items)] == [1.0, 0, 0, 0, 0, 0]
     assert (psutil.Process().num_fds(), len(psutil.Process().children(recursive=True))) == before
 
@@ -160,9 +166,12 @@ def test_the_last_fenced_block_is_the_program(response: str, program: str | None
     assert extract_program(response) == program
 
 
-@pytest.mark.parametrize("reference", [{}, {"tests": []}, {"tests": "assert f()"}, {"tests": ["assert f( == 1"]}, {"tests": [{"input": "1"}]}])
+@pytest.mark.parametrize(
+    "reference",
+    [{}, {"tests": []}, {"tests": "assert f()"}, {"tests": ["assert f( == 1"]}, {"tests": [{"input": "1"}]}],
+)
 def test_tests_that_cannot_be_run_are_refused(reference: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="tests|not Python|Python snippet"):
+    with pytest.raises(ValueError, match=r"tests|not Python|Python snippet"):
         check_reference("code", reference)
 
 
