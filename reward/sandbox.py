@@ -260,9 +260,9 @@ def _readable_paths(*, with_packages: bool) -> list[str]:
     if with_packages:
         paths += [*sys.path, sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
     readable: list[str] = []
-    for path in paths:
-        absolute = os.path.abspath(path) if path else ""
-        if absolute not in ("", "/") and os.path.exists(absolute) and not _is_below(absolute, readable):
+    # Parents first: a folder shown inside a parent that is not there yet would stand in for the whole parent.
+    for absolute in sorted(os.path.abspath(path) for path in paths if path):
+        if absolute != "/" and os.path.exists(absolute) and not _is_below(absolute, readable):
             readable.append(absolute)
     return readable
 

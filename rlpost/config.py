@@ -31,7 +31,7 @@ class _Table(BaseModel):
 
 
 class BuildConfig(_Table):
-    """A Qwen2 model from scratch, with a byte-level tokenizer of its own."""
+    """A Llama model from scratch, with a byte-level tokenizer of its own."""
 
     hidden_size: Positive
     num_layers: Positive
@@ -308,17 +308,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the parsed file."""
-    tree = _thaw(tree)
+    raw: dict[str, Any] = _thaw(tree)
     for override in overrides:
-        _apply_override(tree, override)
-    defaults = tree.pop("defaults", {})
+        _apply_override(raw, override)
+    defaults = raw.pop("defaults", {})
     unknown = set(defaults) - set(StageConfig.model_fields)
     if unknown:
         raise RecipeError("\n".join(_unknown_key(f"defaults.{key}", key, StageConfig) for key in sorted(unknown)))
-    if isinstance(tree.get("stage"), list):
-        tree["stage"] = [_inherit(defaults, stage) for stage in tree["stage"]]
+    if isinstance(raw.get("stage"), list):
+        raw["stage"] = [_inherit(defaults, stage) for stage in raw["stage"]]
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
 

@@ -31,7 +31,7 @@ class Prompt:
     reference: Mapping[str, Any]
     """What the verifier needs. The policy never sees it."""
     demonstration_ids: tuple[int, ...] | None = None
-    """[L] tokens of a correct response with its end token, where the source has one (supervised stages train on it)."""
+    """[L] tokens of a response to imitate, end token included, where the source has one (supervised stages train on it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

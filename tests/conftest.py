@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Qwen2 with random weights, as a Hugging Face directory."""
+    """A two-layer Llama with random weights, as a Hugging Face directory."""
     from rlpost.engines.scratch import build_model
 
     path = tmp_path_factory.mktemp("tiny") / "model"

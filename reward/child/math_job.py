@@ -25,8 +25,8 @@ def compare(gold: str, answer: str) -> dict[str, Any]:
     # Its own time limits use SIGALRM and threads; the parent kills this process instead.
     from math_verify import parse, verify
 
-    gold_values = parse(rf"\boxed{{{gold}}}", parsing_timeout=None)
-    answer_values = parse(rf"\boxed{{{answer}}}", parsing_timeout=None)
+    gold_values = parse(rf"\boxed{{{gold}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    answer_values = parse(rf"\boxed{{{answer}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     equal = bool(gold_values) and bool(answer_values)
     equal = equal and (
         bool(verify(gold_values, answer_values, timeout_seconds=None))

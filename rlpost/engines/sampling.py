@@ -103,5 +103,5 @@ def make_rollout(
         sampler_logprobs=torch.tensor([0.0] * num_prompt + list(logprobs), dtype=torch.float32),
         spans=tuple(spans),
         finish_reason=finish_reason,
-        text=tokenizer.decode(list(response_ids), skip_special_tokens=True),
+        text=tokenizer.decode(list(response_ids), skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
     )

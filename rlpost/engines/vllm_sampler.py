@@ -143,7 +143,7 @@ class VllmSampler:
 
     def stats(self) -> dict[str, int]:
         """Requests that are being decoded, and those that wait for a place or for cache."""
-        running, waiting = self._engine.engine_core.engine_core.scheduler.get_request_counts()
+        running, waiting = self._engine.engine_core.engine_core.scheduler.get_request_counts()  # pyright: ignore[reportAttributeAccessIssue]
         return {"running": running, "waiting": waiting}
 
     def step(self) -> list[tuple[str, Rollout]]:
@@ -153,7 +153,7 @@ class VllmSampler:
         for output in self._engine.step():
             assert output.finished, output.request_id
             request = self._running.pop(output.request_id)
-            finished.append((request.id, self._rollout(request, output.outputs[0])))
+            finished.append((request.id, self._rollout(request, output.outputs[0])))  # pyright: ignore[reportIndexIssue]
         return finished
 
     def update(self, update: WeightUpdate) -> None:
@@ -176,7 +176,7 @@ class VllmSampler:
         return make_rollout(
             request,
             token_ids,
-            [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)],
+            [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)],  # pyright: ignore[reportOptionalSubscript]
             [VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in output.weight_versions],
             finish_reason=output.finish_reason,
             tokenizer=self._tokenizer,
@@ -243,7 +243,7 @@ def _live_cpu_weights() -> Iterator[None]:
     from vllm.model_executor.layers import utils
 
     def keep(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportAttributeAccessIssue]
+        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     packing = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = keep

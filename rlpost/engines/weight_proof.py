@@ -90,7 +90,7 @@ class _CompareInsteadOfWriting(TorchDispatchMode):
         if num_different := int((bits(target) != bits(value.to(target.device))).sum()):
             raise RuntimeError(f"{num_different} of {target.numel()} values in the model differ from the update")
         start = target.storage_offset()
-        self._regions[_storage(target)].add((start, start + target.numel()))
+        self._regions[_storage(target)].add((start, start + target.numel()))  # pyright: ignore[reportArgumentType]
 
     def num_missing(self, parameter: Tensor) -> int:
         """Elements of `parameter` that were not compared."""
@@ -99,7 +99,7 @@ class _CompareInsteadOfWriting(TorchDispatchMode):
         for region_start, region_stop in sorted(self._regions[_storage(parameter)]):
             missing += max(min(region_start, stop) - reached, 0)
             reached = max(reached, region_stop)
-        return missing + max(stop - reached, 0)
+        return missing + max(stop - reached, 0)  # pyright: ignore[reportReturnType]
 
 
 def _storage(tensor: Tensor) -> int:

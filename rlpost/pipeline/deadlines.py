@@ -17,8 +17,9 @@ async def within(limit_s: float, awaitable: Awaitable[T], *, worker: str, phase:
     Raises:
         WorkerLost: naming the worker and the phase, when the limit passes.
     """
+    limit = asyncio.timeout(limit_s)
     try:
-        async with asyncio.timeout(limit_s) as limit:
+        async with limit:
             return await awaitable
     except TimeoutError as error:
         if not limit.expired():

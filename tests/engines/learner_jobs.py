@@ -25,7 +25,7 @@ CHILD_TIMEOUT_S = 240
 LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
 """With so large an eps, AdamW's first update is almost lr x gradient: comparing weights compares gradients, and not
 only their signs."""
-NOISE = torch.tensor([-0.5, -0.1, 0.05, 0.1, 0.5])
+NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
 """Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
 SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
 
@@ -53,7 +53,7 @@ class Job:
     model_path: Path
     num_steps: int = 3
     spec: StageSpec = SPEC
-    lr: float = 0.05
+    lr: float = 0.005
     denominator: float = 20.0
     rows: tuple[int, ...] = tuple(range(12))
     """Which rollouts, in which order."""

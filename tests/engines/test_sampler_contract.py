@@ -55,6 +55,19 @@ class Subject:
         rollouts = self.finish()
         return [rollouts[request.id] for request in requests]
 
+    def lasting(self, *prompt: int, num_steps: int, temperature: float = 1.0) -> RolloutRequest:
+        """A request that runs for more than `num_steps` under the present weights, whatever these are; engine idle."""
+        for seed in range(100):
+            request = ask(*prompt, seed=seed, temperature=temperature, max_tokens=num_steps)
+            (rollout,) = self.sample(request)
+            if rollout.finish_reason == "length":
+                return replace(request, id=f"{request.id}-lasting", max_tokens=40)
+        raise AssertionError(f"all of 100 responses end within {num_steps} tokens")
+
+    def steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            assert not self.engine.step()
+
     def largest_error(
         self, rollout: Rollout, *, temperature: float, weights: Mapping[str, Tensor] | None = None
     ) -> float:
@@ -112,22 +125,20 @@ def ask(*prompt: int, seed: int = 0, temperature: float = 1.0, max_tokens: int =
 
 def test_every_logprob_is_that_of_its_version_on_its_own_prefix(subject: Subject) -> None:
     """Six requests of different lengths, weights replaced by unrelated ones after 9 tokens and again after 8 more."""
-    requests = [ask(*range(50, 53 + 5 * i), seed=i, temperature=0.7) for i in range(6)]
+    requests = [subject.lasting(*range(50, 53 + 5 * i), num_steps=9, temperature=0.7) for i in range(6)]
     for request in requests:
         subject.engine.add(request)
-    done: dict[str, Rollout] = {}
-    for num_steps, seed in ((9, 2), (8, 3)):
-        for _ in range(num_steps):
-            done.update(subject.engine.step())
-        subject.publish(seed)
-    done.update(subject.finish())
-    assert sum(len(rollout.spans) == 3 for rollout in done.values()) >= 2
+    subject.steps(9)
+    subject.publish(2)
+    done = dict(finished for _ in range(8) for finished in subject.engine.step())
+    subject.publish(3)
+    done |= subject.finish()
+    assert max(len(rollout.spans) for rollout in done.values()) == 3
     for rollout in done.values():
         assert subject.largest_error(rollout, temperature=0.7) < EXACT
-        if len(rollout.spans) > 1:
-            assert [span.end - span.start for span in rollout.spans][:-1] == [9, 8][: len(rollout.spans) - 1]
-            one_version = subject.weights[rollout.spans[-1].version]
-            assert subject.largest_error(rollout, temperature=0.7, weights=one_version) > 1
+        assert [span.end - span.start for span in rollout.spans][:-1] == [9, 8][: len(rollout.spans) - 1]
+        one_version = subject.weights[rollout.spans[-1].version]
+        assert subject.largest_error(rollout, temperature=0.7, weights=one_version) > 1
 
 
 def test_a_prompt_sampled_under_old_weights_is_read_again_under_new_ones(subject: Subject) -> None:
@@ -140,7 +151,7 @@ def test_a_prompt_sampled_under_old_weights_is_read_again_under_new_ones(subject
 
 
 def test_logprobs_are_those_of_the_distribution_after_temperature(subject: Subject) -> None:
-    (rollout,) = subject.sample(ask(60, 61, 62, temperature=0.5))
+    (rollout,) = subject.sample(subject.lasting(60, 61, 62, num_steps=8, temperature=0.5))
     assert subject.largest_error(rollout, temperature=0.5) < EXACT
     assert subject.largest_error(rollout, temperature=1.0) > 0.1
 
@@ -178,19 +189,19 @@ def test_mask_spans_and_text_cover_exactly_the_sampled_tokens(subject: Subject) 
 
 
 def test_a_rollout_depends_on_its_seed(subject: Subject) -> None:
-    prompt = (60, 61, 62)
-    (first,), (again,), (other,) = (subject.sample(ask(*prompt, seed=seed)) for seed in (2**62 + 7, 2**62 + 7, 8))
+    seeds = (2**62 + 7, 2**62 + 7, 8, 9)
+    first, again, *others = [subject.sample(ask(60, 61, 62, seed=seed))[0] for seed in seeds]
     assert torch.equal(first.token_ids, again.token_ids)
     assert torch.equal(bits(first.sampler_logprobs), bits(again.sampler_logprobs))
-    assert not torch.equal(first.token_ids[:6], other.token_ids[:6])
+    assert all(other.token_ids.tolist() != first.token_ids.tolist() for other in others)
 
 
 def test_the_seed_outlives_a_swap_of_equal_weights(subject: Subject) -> None:
     """A swap drops what is cached; the request's random numbers go on where they were."""
-    (undisturbed,) = subject.sample(ask(60, 61, 62, seed=3))
-    subject.engine.add(ask(60, 61, 62, seed=3))
-    for _ in range(5):
-        assert not subject.engine.step()
+    request = subject.lasting(60, 61, 62, num_steps=5)
+    (undisturbed,) = subject.sample(request)
+    subject.engine.add(request)
+    subject.steps(5)
     subject.publish(1)
     (disturbed,) = subject.finish().values()
     assert len(disturbed.spans) == 2
@@ -259,9 +270,8 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_good_one(
 ) -> None:
     """`resign`: the publisher itself made the mistake, so the checksums agree with it."""
     version = subject.engine.version
-    subject.engine.add(ask(60, 61, 62, seed=3))
-    for _ in range(5):
-        subject.engine.step()
+    subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
+    subject.steps(5)
     weights = random_weights(subject.model_path, 2)
     checksums = make_update(version + 1, weights).checksums
     spoil(weights)
@@ -279,9 +289,9 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_good_one(
 
 
 def test_stats_count_the_requests(subject: Subject) -> None:
-    subject.engine.add(ask(60, seed=1, max_tokens=3))
-    subject.engine.add(ask(61, seed=2, max_tokens=3))
-    subject.engine.step()
+    for request in [subject.lasting(token, num_steps=1) for token in (60, 61)]:
+        subject.engine.add(request)
+    subject.steps(1)
     assert subject.engine.stats() == {"running": 2, "waiting": 0}  # pyright: ignore[reportAttributeAccessIssue]
     subject.finish()
 
@@ -291,9 +301,8 @@ def test_a_tied_output_layer_follows_its_embedding(kind: str, tied_model: Path) 
     for subject in _subject(kind, tied_model):
         subject.publish(1)
         assert "lm_head.weight" not in subject.weights[1]
-        subject.engine.add(ask(60, 61, 62))
-        for _ in range(5):
-            subject.engine.step()
+        subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
+        subject.steps(5)
         subject.publish(2)
         (rollout,) = subject.finish().values()
         assert len(rollout.spans) == 2

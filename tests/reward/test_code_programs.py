@@ -206,3 +206,20 @@ def test_a_candidate_named_like_a_module_is_still_the_candidate() -> None:
     reference = {"tests": ["assert copy(2) in (4, 5)"], "setup": "", "entry_point": "copy"}
     with RewardPool(deadline_s=3.0) as pool:
         assert judge(pool, "def copy(x):\n    return 2 * x", reference).reward == 1.0
+
+
+def test_a_package_folder_ahead_of_its_parent_on_the_path_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing Ray puts a folder inside site-packages ahead of site-packages itself; math-verify must still be found."""
+    import sys
+    import sysconfig
+
+    from reward.sandbox import _readable_paths
+
+    site = sysconfig.get_paths()["purelib"]
+    monkeypatch.setattr(sys, "path", [f"{site}/pip", *sys.path])
+    _readable_paths.cache_clear()
+    try:
+        with RewardPool(deadline_s=5.0) as pool:
+            assert pool.score("math", r"\boxed{1+x}", {"answer": "x+1"}).reward == 1.0
+    finally:
+        _readable_paths.cache_clear()
