@@ -40,7 +40,7 @@ from tests.engines.learner_jobs import (
 
 deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
 kinds = [pytest.param(PLAIN, id="plain"), *deepspeed_kinds]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04}
 """Largest relative error of a step's displacement against the float32 specification."""
 
 
@@ -167,7 +167,7 @@ def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path
         {"gradient_checkpointing": True},
     ]
     for change in changes:
-        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 2, change
+        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 5, change
 
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
@@ -318,7 +318,7 @@ def test_the_reference_is_the_policy_of_the_start_of_the_stage(
 ) -> None:
     """KL to it is 0 at first, then not; and 0 again in the next stage, which starts from the moved policy."""
     spec = replace(SPEC, objective=PolicyGradient(kl_coef=0.01))
-    job = Job(kind, tied_model, spec=spec)
+    job = Job(kind, tied_model, spec=spec, lr=0.05)
     learner = make(spec=spec)
     noise = 1e-3 if kind.dtype == torch.bfloat16 else 1e-6
     per_token = [train(learner, job).tally for _ in range(2)]
@@ -334,7 +334,9 @@ def test_dropout_is_off(tied_model: Path, tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     assert AutoConfig.from_pretrained(path).attention_dropout == 0.5
-    assert same(run(Job(PLAIN, path)).masters, run(Job(PLAIN, tied_model)).masters)
+    # Not bit for bit: how a buffer is aligned can change the last bit of a sum. Dropout would turn the update elsewhere.
+    moved, expected = run(Job(PLAIN, path)).moved, run(Job(PLAIN, tied_model)).moved
+    assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.999
 
 
 def test_a_model_that_changes_its_logits_is_refused(tmp_path: Path) -> None:
