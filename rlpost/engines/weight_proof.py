@@ -87,7 +87,9 @@ class _CompareInsteadOfWriting(TorchDispatchMode):
             )
         if not target.is_contiguous():
             raise RuntimeError("the model keeps it in pieces, which cannot be proved")
-        if num_different := int((bits(target) != bits(value.to(target.device))).sum()):
+        held, published = bits(target), bits(value.to(target.device))
+        if not torch.equal(held, published):
+            num_different = int((held != published).sum())
             raise RuntimeError(f"{num_different} of {target.numel()} values in the model differ from the update")
         start = target.storage_offset()
         self._regions[_storage(target)].add((start, start + target.numel()))  # pyright: ignore[reportArgumentType]

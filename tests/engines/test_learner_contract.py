@@ -40,8 +40,9 @@ from tests.engines.learner_jobs import (
 
 deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
 kinds = [pytest.param(PLAIN, id="plain"), *deepspeed_kinds]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04}
-"""Largest relative error of a step's displacement against the float32 specification."""
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.04}
+"""Largest relative error of a step's displacement against the float32 specification: the grain of float32 weights, and
+the rounding of a bfloat16 forward pass. Another cut of the same step is 4 times as close."""
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_clipping_bounds_the_mean_gradient_and_not_the_sum(kind: Kind, tied_mode
     free = run(Job(kind, tied_model, num_steps=1))
     bounds = (2 * free.norms[0], 0.5 * free.norms[0])
     loose, tight = (replace(SPEC, optimizer=replace(LINEAR, max_grad_norm=bound)) for bound in bounds)
-    assert error(run(Job(kind, tied_model, num_steps=1, spec=loose)), free) < 1e-5
+    assert error(run(Job(kind, tied_model, num_steps=1, spec=loose)), free) < TOLERANCE[kind.dtype] / 4
     clipped, expected = (run(Job(k, tied_model, num_steps=1, spec=tight)) for k in (kind, PLAIN))
     assert error(clipped, expected) < TOLERANCE[kind.dtype]
     assert clipped.norms == free.norms  # reported before clipping
@@ -167,7 +168,7 @@ def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path
         {"gradient_checkpointing": True},
     ]
     for change in changes:
-        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 5, change
+        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
 
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
