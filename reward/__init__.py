@@ -2,8 +2,8 @@
 
     score("math", "... \\\\boxed{85}", {"answer": "85"}).reward == 1.0
 
-Candidate code runs in jailed child processes (`reward.sandbox`); the verdict is computed by the parent from values the
-candidate returned and expected values it never saw. `RewardPool` is the same for many responses at a time.
+Programs run in jailed child processes (`reward.sandbox`); the verdict is computed from the values they returned and
+expected values they never saw. `RewardPool` is the same for many responses at a time.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def _default_pool() -> RewardPool:
 
 
 def score(task: str, response: str, reference: Mapping[str, Any]) -> Verdict:
-    """Judge one response with a pool of one worker that lives as long as this process."""
+    """The verdict on one response, by a pool of one worker that lives as long as this process."""
     return _default_pool().score(task, response, reference)

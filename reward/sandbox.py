@@ -1,286 +1,263 @@
-"""The parent's side of the sandbox: one fork server, and the runs it starts.
-
-A run is a jailed child (child/zygote.py) and a socket to it. Its isolation tier is probed once per process:
-
-    namespaces    own PID, network, mount, IPC and host-name namespaces (and user namespace when not root), a root with
-                  nothing but the interpreter, no /proc, a private /tmp, no capabilities, seccomp, resource limits
-    rlimits-only  a process group, resource limits, seccomp where known; host files stay readable
-"""
+"""The parent's side of the sandbox: fork servers, the runs they start, and how strongly this machine walls them off."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
+import importlib.util
 import json
 import os
-import secrets
-import select
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
-TIERS = ("namespaces", "rlimits-only")
-MAX_RUN_BYTES = 4 << 20
-START_DEADLINE_S = 60.0
-REPLY_DEADLINE_S = 20.0
-_ZYGOTE = Path(__file__).parent / "child" / "zygote.py"
+Kind = Literal["candidate", "judge", "algebra"]
+TMP_BYTES = 64 * 2**20
+_START_S = 60.0
+_CONTROL_S = 15.0
+_PACKAGE = Path(__file__).parent
+_LIBRARIES = (
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/share/zoneinfo",
+    "/etc/ld.so.cache",
+    "/nix/store",
+)
+# Registers `reward` as a bare package, so that the server imports its own few modules and not this side of it.
+_BOOT = """
+import sys, types
+package = types.ModuleType("reward")
+package.__path__ = [sys.argv[3]]
+sys.modules["reward"] = package
+from reward.child.zygote import main
+main()
+"""
+
+
+class Tier(enum.StrEnum):
+    """How strongly a run is walled off, strongest first."""
+
+    NAMESPACE = "namespace"
+    """Own pid, net, mount, ipc and uts namespaces (and user namespace unless root), a root with nothing but the
+    interpreter, no /proc, no capability, seccomp, limits."""
+    RLIMITS_ONLY = "rlimits-only"
+    """A session, limits, and seccomp where this machine is known; the host's files stay readable."""
+
+
+TIERS: tuple[Tier, ...] = tuple(Tier)
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed: says nothing about the program that ran in it."""
+    """The sandbox itself failed; says nothing about what ran in it."""
 
 
-class RunTimeoutError(Exception):
-    """A run reached its deadline."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Resource limits of one run; its wall clock is the caller's."""
+
+    cpu_s: int
+    memory_bytes: int = 2 * 2**30
+    file_bytes: int = 16 * 2**20
+    num_processes: int = 32
+    num_files: int = 64
 
 
-class RunEndedError(Exception):
-    """A run closed its channel, or broke its protocol, before it had answered."""
-
-
-class Run:
-    """One jailed child and the channel to it. Use only from the thread that started it."""
-
-    def __init__(self, channel: socket.socket, pid: int) -> None:
-        self._channel = channel
-        self.pid = pid
-        self.nonce = secrets.token_hex(8)
-        self._num_bytes = 0
-        self._pending = bytearray()
-
-    def send(self, job: dict[str, Any], deadline: float) -> None:
-        """Sends the job; `deadline` is on time.monotonic(). Raises RunTimeoutError, RunEndedError."""
-        body = json.dumps({**job, "nonce": self.nonce}).encode()
-        self._channel.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            self._channel.sendall(struct.pack(">I", len(body)) + body)
-        except TimeoutError:
-            raise RunTimeoutError from None
-        except OSError as error:
-            raise RunEndedError(str(error)) from None
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """The next frame of this run. Raises RunTimeoutError, RunEndedError (gone, malformed, too much, wrong nonce)."""
-        size = struct.unpack(">I", self._read_exactly(4, deadline))[0]
-        if self._num_bytes + size > MAX_RUN_BYTES:
-            raise RunEndedError(f"more than {MAX_RUN_BYTES} bytes of results")
-        try:
-            frame = json.loads(self._read_exactly(size, deadline))
-        except (ValueError, RecursionError):
-            raise RunEndedError("a malformed result") from None
-        if type(frame) is not dict or frame.get("nonce") != self.nonce:
-            raise RunEndedError("a result without the nonce of this run")
-        return frame
-
-    def _read_exactly(self, size: int, deadline: float) -> bytes:
-        while len(self._pending) < size:
-            self._channel.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                part = self._channel.recv(1 << 16)
-            except TimeoutError:
-                raise RunTimeoutError from None
-            except OSError as error:
-                raise RunEndedError(str(error)) from None
-            if not part:
-                raise RunEndedError("the process ended")
-            self._pending += part
-            self._num_bytes += len(part)
-            if time.monotonic() > deadline:
-                raise RunTimeoutError
-        body = bytes(self._pending[:size])
-        del self._pending[:size]
-        return body
-
-    def close(self) -> None:
-        self._channel.close()
-
-
-class Sandbox:
-    """A fork server and its runs; started at the first run, restarted after close(). Not thread safe.
+class ForkServer:
+    """One fork server (child/zygote.py), started at the first run and again after `close`. Not thread safe, one run at a time.
 
     Args:
-        preload: "" for programs of the standard library, "math" for math-verify.
-        tier: one of TIERS; None probes.
-        memory_bytes: address space of one run.
-        cpu_s: CPU seconds of one run, a backstop behind the caller's deadline.
+        kind: what its children do: the module of that name in reward.child.
+        tier: the isolation to build; None is the strongest that works here.
     """
 
-    def __init__(
-        self, *, preload: str = "", tier: str | None = None, memory_bytes: int = 2 << 30, cpu_s: int = 60
-    ) -> None:
-        self._preload = preload
+    def __init__(self, kind: Kind, tier: Tier | None = None) -> None:
+        self.kind = kind
         self._tier = tier
-        self._limits = {
-            "memory_bytes": memory_bytes,
-            "cpu_s": cpu_s,
-            "file_bytes": 16 << 20,
-            "num_processes": 32,
-            "num_files": 64,
-        }
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._log: IO[bytes] | None = None
-        self._scratch: str | None = None
+        self._tmp: str | None = None
+        self._owner = 0
 
     def start(self) -> None:
-        """Starts the fork server if it does not run. Raises SandboxError with the tail of its log."""
-        if self._process is not None:
+        """Start the server if it is not running. Raise SandboxError with the reason."""
+        if self._process is not None and self._owner == os.getpid():
             return
+        self.close()
         tier = self._tier or probe()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {
-            "fd": theirs.fileno(),
-            "tier": tier,
-            "readable": _readable_paths(with_packages=bool(self._preload)),
-            "limits": self._limits,
-            "tmp_bytes": 64 << 20,
-            # Any id without rights; one per server, because the process limit counts per id.
-            "uid": 30000 + theirs.fileno() % 1000 + 1000 * (os.getpid() % 30),
-            "preload": self._preload,
-            # An isolated interpreter finds its own packages only where it was started by their environment's name.
-            "packages": [path for path in sys.path if path.endswith("-packages")] if self._preload else [],
-        }
-        flags = ["-I", "-X", "utf8"] if self._preload else ["-I", "-S", "-X", "utf8"]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self._scratch = None if tier == "namespaces" else tempfile.mkdtemp(prefix="reward-")
-        if self._scratch is not None:
-            os.chmod(self._scratch, 0o777)
-        self._process = subprocess.Popen(
-            [sys.executable, *flags, str(_ZYGOTE), json.dumps(settings)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env={},
-            cwd=self._scratch or "/",
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        self._control = ours
-        self._reply(START_DEADLINE_S)
+        self._owner = os.getpid()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            if tier is not Tier.NAMESPACE:
+                self._tmp = tempfile.mkdtemp(prefix="reward-")
+                os.chmod(self._tmp, 0o777)
+            path = _library_path() if self.kind == "algebra" else []
+            readable = _readable((*_standard_paths(), *path))
+            config = {"kind": self.kind, "tier": tier.value, "readable": readable, "path": path}
+            config |= {"tmp": self._tmp, "tmp_bytes": TMP_BYTES}
+            self._process = _spawn(config, theirs)
+            theirs.close()
+            self._receive(_START_S)
+        except (OSError, SandboxError) as error:
+            self.close()
+            raise SandboxError(f"the {self.kind} fork server did not start in tier {tier.value}: {error}") from error
+        finally:
+            theirs.close()
 
-    def spawn(self, *fds: int) -> Run:
-        """Starts a run that holds its channel and then `fds`, in that order. Raises SandboxError."""
+    @contextlib.contextmanager
+    def run(self, limits: Limits, *extra: socket.socket | int) -> Iterator[socket.socket]:
+        """A new child, ready for its first frame, and our end of its channel; after the block nothing of it is left.
+
+        Args:
+            extra: further descriptors for the child; the caller closes its own copies.
+
+        Raises:
+            SandboxError: the child could not be started; the next run starts a new server.
+        """
         self.start()
         assert self._control is not None
         ours, theirs = socket.socketpair()
         try:
-            socket.send_fds(self._control, [b"spawn"], [theirs.fileno(), *fds])
-            reply = self._reply(REPLY_DEADLINE_S)
-        except OSError as error:
-            ours.close()
-            raise self._failure(str(error)) from None
+            self._ask_for_run(limits, ours, theirs, extra)
+            yield ours
         except SandboxError:
-            ours.close()
+            self.close()
             raise
         finally:
             theirs.close()
-        if not reply.isdigit():
             ours.close()
-            raise SandboxError(f"the fork server could not start a run: {reply}")
-        return Run(ours, int(reply))
-
-    def kill(self, run: Run) -> None:
-        """Ends the run and everything it started; returns when they are gone. Raises SandboxError."""
-        run.close()
-        if self._control is None:
-            return
-        try:
-            self._control.send(f"kill {run.pid}".encode())
-        except OSError as error:
-            raise self._failure(str(error)) from None
-        self._reply(REPLY_DEADLINE_S)
-        if self._scratch is not None:
-            _empty(self._scratch)
+            self._sweep()
 
     def close(self) -> None:
-        """Ends the fork server and every run; leaves no process, descriptor or file."""
+        """End the server and everything it started, and reap it. Safe to call twice."""
+        if self._process is not None and self._owner != os.getpid():
+            # In a fork of the owner: what is the owner's to end stays, and `returncode` keeps Popen from warning.
+            self._process.returncode = 0
+            self._process = self._tmp = None
         if self._control is not None:
             self._control.close()
             self._control = None
         if self._process is not None:
-            # Closing the control socket ends the server; killing makes it certain. Its namespace dies with it.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.5)
-            self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
+        if self._tmp is not None:
+            shutil.rmtree(self._tmp)
+            self._tmp = None
 
-    def _reply(self, limit_s: float) -> str:
+    def _ask_for_run(
+        self, limits: Limits, ours: socket.socket, theirs: socket.socket, extra: tuple[socket.socket | int, ...]
+    ) -> None:
         assert self._control is not None
-        ready, _, _ = select.select([self._control], [], [], limit_s)
-        reply = self._control.recv(4096) if ready else b""
-        if not reply:
-            raise self._failure("it ended" if ready else f"no answer in {limit_s} s")
-        return reply.decode()
+        descriptors = [theirs.fileno(), *(x if isinstance(x, int) else x.fileno() for x in extra)]
+        request = json.dumps({"op": "run", "limits": asdict(limits)}).encode()
+        try:
+            self._control.settimeout(_CONTROL_S)
+            socket.send_fds(self._control, [request], descriptors)
+            theirs.close()
+            ours.settimeout(_CONTROL_S)
+            if ours.recv(1) != b"+":
+                raise SandboxError(f"the {self.kind} fork server could not start a child")
+        except OSError as error:
+            raise SandboxError(f"the {self.kind} fork server does not answer: {error}") from error
 
-    def _failure(self, why: str) -> SandboxError:
-        tail = ""
-        if self._log is not None:
-            self._log.seek(0)
-            tail = self._log.read().decode(errors="replace")[-2000:]
-        self.close()
-        return SandboxError(
-            f"the sandbox's fork server failed ({why}); its log ends: {tail.strip()[-1500:] or 'empty'}"
-        )
-
-    def __del__(self) -> None:
-        if self._process is not None:
+    def _sweep(self) -> None:
+        if self._control is None:
+            return
+        try:
+            self._control.settimeout(_CONTROL_S)
+            self._control.send(b'{"op": "sweep"}')
+            self._receive(_CONTROL_S)
+        except (OSError, SandboxError):
+            # The verdict stands; ending the server ends what it could not sweep, and the next run starts another.
             self.close()
 
-
-def _empty(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                os.unlink(entry.path)
-
-
-@functools.cache
-def _readable_paths(*, with_packages: bool) -> list[str]:
-    """What an interpreter needs to see: shared libraries, the standard library, this package's child side."""
-    paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
-    paths += [sysconfig.get_paths()["stdlib"], os.path.join(sys.base_prefix, "lib"), str(_ZYGOTE.parent)]
-    if with_packages:
-        paths += [*sys.path, sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
-    readable: list[str] = []
-    # Parents first: a folder shown inside a parent that is not there yet would stand in for the whole parent.
-    for absolute in sorted(os.path.abspath(path) for path in paths if path):
-        if absolute != "/" and os.path.exists(absolute) and not _is_below(absolute, readable):
-            readable.append(absolute)
-    return readable
-
-
-def _is_below(path: str, parents: Sequence[str]) -> bool:
-    return any(path == parent or path.startswith(parent + "/") for parent in parents if not os.path.islink(parent))
-
-
-@functools.cache
-def probe() -> str:
-    """The strongest isolation tier that works on this machine, tried by starting a fork server and one run in it."""
-    for tier in TIERS[:-1]:
-        sandbox = Sandbox(tier=tier)
+    def _receive(self, limit_s: float) -> dict[str, Any]:
+        assert self._control is not None
+        self._control.settimeout(limit_s)
         try:
-            sandbox.kill(sandbox.spawn())
-        except SandboxError:
-            continue
-        finally:
-            sandbox.close()
-        return tier
-    return TIERS[-1]
+            message = self._control.recv(1 << 16)
+        except TimeoutError:
+            raise SandboxError(f"no answer in {limit_s:g} s") from None
+        reply: dict[str, Any] = json.loads(message) if message else {"error": "it ended without a word"}
+        if "error" in reply:
+            raise SandboxError(reply["error"])
+        return reply
+
+
+@functools.cache
+def probe() -> Tier:
+    """The strongest tier that works on this machine, found by starting a fork server in it; once per process."""
+    return next(tier for tier in TIERS if tier is TIERS[-1] or why_not(tier) is None)
+
+
+@functools.cache
+def why_not(tier: Tier) -> str | None:
+    """None where the tier works here, else the reason, for a person."""
+    server = ForkServer("candidate", tier)
+    try:
+        with server.run(Limits(cpu_s=1)):
+            return None
+    except SandboxError as error:
+        return str(error)
+    finally:
+        server.close()
+
+
+def _spawn(config: dict[str, Any], control: socket.socket) -> subprocess.Popen[bytes]:
+    # -I would also ignore PYTHONHASHSEED, without which the order of a set differs from server to server.
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT, json.dumps(config)]
+    environment = {"PYTHONHASHSEED": "0"}
+    if "LD_LIBRARY_PATH" in os.environ:
+        # Some interpreters find their own libpython by it; the server clears its environment once it runs.
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    return subprocess.Popen(
+        [*command, str(control.fileno()), str(_PACKAGE)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd="/",
+        pass_fds=[control.fileno()],
+        start_new_session=True,
+    )
+
+
+def _standard_paths() -> tuple[str, ...]:
+    """What an interpreter reads: shared libraries, the standard library, this package's child side."""
+    return (*_LIBRARIES, sysconfig.get_path("stdlib"), os.path.join(sys.base_prefix, "lib"), str(_PACKAGE / "child"))
+
+
+def _readable(paths: tuple[str, ...]) -> list[str]:
+    """Those that exist, absolute, none below another."""
+    kept: list[str] = []
+    for path in map(os.path.abspath, paths):
+        below = any(path == other or path.startswith(other + "/") for other in kept if not os.path.islink(other))
+        if path != "/" and os.path.exists(path) and not below:
+            kept.append(path)
+    return kept
+
+
+@functools.cache
+def _library_path() -> list[str]:
+    """The folders that hold math-verify and what it imports. Raise SandboxError where it is not installed."""
+    found = []
+    for name in ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise SandboxError(f"{name} is not installed: pip install 'math-verify[antlr4_13_2]==0.9.0'")
+        found.append(str(Path(next(iter(spec.submodule_search_locations))).parent))
+    return list(dict.fromkeys(found))

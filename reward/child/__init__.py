@@ -1,1 +1,1 @@
-"""What runs inside the sandbox: the fork server, the jail, the jobs. Standard library only (math-verify where asked)."""
+"""What runs inside the sandbox: imported there by a bare interpreter, without the parent package around it."""

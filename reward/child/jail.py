@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -14,6 +15,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SCRATCH = "/scratch"
 AT_RECURSIVE = 0x8000
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
@@ -64,7 +66,8 @@ def enter_namespaces() -> None:
 
 
 def enter_private_root(readable: Sequence[str]) -> None:
-    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only), four devices and an empty /tmp.
+    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only), four devices and an
+    empty folder for `mount_scratch`.
 
     There is no /proc and no host path besides. Needs enter_namespaces. Raises OSError.
     """
@@ -72,7 +75,7 @@ def enter_private_root(readable: Sequence[str]) -> None:
     # /proc is the one directory that exists everywhere and that nothing readable lies under.
     root = "/proc"
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
-    for name in ("tmp", "dev", "oldroot"):
+    for name in ("scratch", "dev", "oldroot"):
         os.mkdir(f"{root}/{name}", 0o755)
     for path in readable:
         _show(path, root)
@@ -80,7 +83,10 @@ def enter_private_root(readable: Sequence[str]) -> None:
         with open(f"{root}/dev/{name}", "w", encoding="ascii"):
             pass
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
-    os.symlink("/tmp", f"{root}/dev/shm")
+    os.symlink(SCRATCH, f"{root}/dev/shm")
+    # Unless this interpreter or its packages live below /tmp, it is another name of the scratch folder.
+    if not os.path.lexists(f"{root}/tmp"):
+        os.symlink(SCRATCH, f"{root}/tmp")
     _check(_libc.syscall(SYS_PIVOT_ROOT[_machine], root.encode(), f"{root}/oldroot".encode()), "pivot_root")
     os.chdir("/")
     _check(_libc.umount2(b"/oldroot", MNT_DETACH), "umount2")
@@ -110,16 +116,18 @@ def _show(path: str, root: str) -> None:
         mount("none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | os.statvfs(path).f_flag)
 
 
-def enter_private_tmp(size_bytes: int) -> None:
-    """Gives this process its own empty /tmp, which vanishes with it, and its own IPC objects."""
-    unshare(CLONE_NEWNS | CLONE_NEWIPC)
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes},nr_inodes=4096")
-    os.chdir("/tmp")
+def mount_scratch(size_bytes: int, *, replace: bool = False) -> None:
+    """Empty scratch space in a private root, as the working folder; `replace` drops the used one first."""
+    os.chdir("/")
+    if replace:
+        _check(_libc.umount2(SCRATCH.encode(), MNT_DETACH), f"umount2 {SCRATCH}")
+    mount("tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes},nr_inodes=4096")
+    os.chdir(SCRATCH)
 
 
-def drop_privileges(uid: int) -> None:
-    """Becomes `uid` when root, and gives up every capability for good."""
-    if os.geteuid() == 0:
+def drop_privileges(uid: int | None) -> None:
+    """Becomes `uid` if there is one, and gives up every capability for good."""
+    if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
@@ -127,6 +135,16 @@ def drop_privileges(uid: int) -> None:
         header = struct.pack("=Ii", 0x20080522, 0)
         _check(_libc.syscall(SYS_CAPSET[_machine], header, struct.pack("=6I", *[0] * 6)), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def num_own_tasks() -> int:
+    """Processes and threads of this user: outside a user namespace the process limit counts them all."""
+    count = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{name}").st_uid == os.geteuid():
+                count += len(os.listdir(f"/proc/{name}/task"))
+    return count
 
 
 def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int, num_processes: int, num_files: int) -> None:
@@ -142,12 +160,15 @@ def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int, num_proce
         resource.setrlimit(kind, (value, value))
 
 
-# System calls no solution needs: tracing, namespaces, mounts, keys, kernel interfaces.
+# System calls no solution needs: tracing, namespaces, mounts, keys, kernel interfaces; and System V and POSIX message
+# queues, semaphores and shared memory, which outlive a process.
 _DENIED = {
     "x86_64": (101, 310, 311, 272, 308, 165, 166, 155, 161, 246, 320, 175, 313, 176, 321, 298, 248, 249, 250, 323,
-               425, 426, 427, 304, 303, 312, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 167, 168, 169, 163),
+               425, 426, 427, 304, 303, 312, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 167, 168, 169, 163,
+               29, 64, 68, 240),
     "aarch64": (117, 270, 271, 97, 268, 40, 39, 41, 51, 104, 294, 105, 273, 106, 280, 241, 217, 218, 219, 282,
-                425, 426, 427, 265, 264, 272, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 224, 225, 142, 89),
+                425, 426, 427, 265, 264, 272, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 224, 225, 142, 89,
+                194, 190, 186, 180),
 }  # fmt: skip
 # Without namespaces signals and the network must be refused too: (kill, tkill, tgkill, rt_sigqueueinfo, tgsigqueueinfo).
 _SIGNALS = {"x86_64": (62, 200, 234, 129, 297), "aarch64": (129, 130, 131, 138, 240)}

@@ -1,194 +1,194 @@
-"""A fork server: a small warm interpreter that starts one jailed child per run.
+"""The fork server: a small single-threaded process that forks one jailed child per run and sweeps up after it.
 
-Run as a script with one JSON argument (see main). The control socket carries one request and one reply at a time:
-
-    "spawn" + file descriptors (channel, [peer] or [stdin, stdout])  ->  "<pid>" or "error <why>"
-    "kill <pid>"                                                    ->  "dead" once the run and its descendants are gone
-
-The zygote never reads a channel, so no child inherits another run's program, calls or expected values in its memory.
-It ends, and everything below it, when the control socket closes.
+Protocol on its control socket (SOCK_SEQPACKET, one JSON object a message): it says {"ready": true} or {"error": ...} once,
+then obeys {"op": "run", "limits": ...} with the child's channels as descriptors, and {"op": "sweep"}, which is answered
+{"swept": n} once every process but itself is dead and reaped and the scratch folder is empty. End of file means the pool
+is gone. Untrusted code runs in its children alone, which share with it nothing but its memory image at the fork, and
+nothing about a run ever enters that image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
-import resource
+import random
+import shutil
 import signal
 import socket
 import sys
-import types
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-if __name__ == "__main__":
-    # Importable siblings without running the parent package and without leaving its folder on sys.path.
-    _package = types.ModuleType("reward")
-    _package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    sys.modules["reward"] = _package
+from reward.child import jail
 
-from reward.child import jail, programs
+_PRELOADED = (
+    "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io "
+    "itertools json math numbers operator queue random re statistics string struct sys textwrap threading time typing"
+)
+_CHANNEL_FD = 3
+_LIMITED_USERS = (30000, 60000)
+Run = Callable[[list[socket.socket]], None]
 
-MAX_MESSAGE_BYTES = 4096
-CHANNEL_FD, SECOND_FD, THIRD_FD = 3, 4, 5
 
+def main() -> NoReturn:
+    """Launcher: build the namespaces, fork the server into them, and outlive it only to reap it.
 
-def enter_tier(tier: str, readable: list[str]) -> int | None:
-    """Isolates this process; returns the descriptor of its own PID namespace in the 'namespaces' tier, else None.
-
-    In that tier the caller goes on as process 1 of a new PID namespace, below a parent that only waits for it.
+    argv: {"kind", "tier", "readable", "path", "tmp", "tmp_bytes"} as JSON, and the descriptor of the control socket.
     """
-    if tier != "namespaces":
-        jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
-        return None
-    jail.enter_namespaces()
-    pid = os.fork()
-    if pid:
-        os.closerange(3, 256)
-        _, status = os.waitpid(pid, 0)
-        os._exit(min(os.waitstatus_to_exitcode(status) & 0xFF, 255))
-    jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
-    own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    jail.enter_private_root(readable)
-    return own_pid_namespace
+    config = json.loads(sys.argv[1])
+    control = socket.socket(fileno=int(sys.argv[2]))
+    parent = os.getppid()
+    # Untrusted children of root become a user without rights; one per server, since the process limit counts per user.
+    low, high = _LIMITED_USERS
+    uid = low + os.getpid() % (high - low) if os.geteuid() == 0 else None
+    try:
+        if config["tier"] == "namespace":
+            jail.enter_namespaces()
+        server = os.fork()
+    except OSError as error:
+        control.send(json.dumps({"error": str(error)}).encode())
+        os._exit(1)
+    if server == 0:
+        try:
+            _Server(control, config, uid).serve()
+        except BaseException as error:  # noqa: BLE001 - the last chance to say why
+            with contextlib.suppress(OSError):
+                control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        os._exit(1)
+    control.close()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    while os.waitpid(server, os.WNOHANG) == (0, 0):
+        signal.sigtimedwait({signal.SIGCHLD}, 1.0)
+        # A copy of the control socket in a fork of the parent would hide the parent's death; its pid does not.
+        if os.getppid() != parent:
+            os.kill(server, signal.SIGKILL)
+    os._exit(0)
 
 
-class Zygote:
-    """The control loop; single-threaded, so that a fork copies no lock that somebody holds."""
+class _Server:
+    """The control loop, as process 1 of its own pid namespace where the tier has one."""
 
-    def __init__(self, control: socket.socket, settings: dict[str, Any], pid_namespace: int | None) -> None:
+    def __init__(self, control: socket.socket, config: dict[str, Any], uid: int | None) -> None:
         self._control = control
-        self._settings = settings
-        self._pid_namespace = pid_namespace
-        self._live: set[int] = set()
-
-    def serve(self) -> None:
-        while True:
-            message, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 4)
-            if not message:
-                return
-            if message.startswith(b"spawn"):
-                reply = self._spawn(fds)
-            else:
-                self._kill(int(message.split()[1]))
-                reply = "dead"
-            self._control.send(reply.encode())
-
-    def _spawn(self, fds: list[int]) -> str:
-        try:
-            pid = self._fork(fds)
-        except OSError as error:
-            return f"error {error}"
-        finally:
-            # The parent only: the child never returns from _fork.
-            for fd in fds:
-                os.close(fd)
-        self._live.add(pid)
-        return str(pid)
-
-    def _fork(self, fds: list[int]) -> int:
-        if self._pid_namespace is None:
-            pid = os.fork()
+        self._tmp_bytes: int = config["tmp_bytes"]
+        self._namespaced: bool = config["tier"] == "namespace"
+        self._uid = uid
+        jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+        jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
+        jail.prctl(jail.PR_SET_DUMPABLE, 0)
+        if self._namespaced:
+            jail.enter_private_root(config["readable"])
+            jail.mount_scratch(self._tmp_bytes)
         else:
-            jail.unshare(jail.CLONE_NEWPID)
-            try:
-                pid = os.fork()
-                if pid == 0:
-                    self._become_run(fds)
-            finally:
-                # Back to our own namespace, so that the next run can have its own.
-                jail.setns(self._pid_namespace, jail.CLONE_NEWPID)
-        if pid == 0:
-            self._become_run(fds)
-        return pid
+            os.chdir(config["tmp"])
+        os.environ.clear()
+        os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
+        self._run = self._load(config["kind"], config["path"])
+        gc.collect()
+        gc.freeze()
 
-    def _become_run(self, fds: list[int]) -> None:
-        """In the child: enters the jail, runs the job from the channel, never returns."""
-        try:
-            os.setsid()
-            self._arrange_descriptors(fds)
-            settings = self._settings
-            if self._pid_namespace is not None:
-                jail.enter_private_tmp(settings["tmp_bytes"])
-            else:
-                jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
-            jail.limit_resources(**settings["limits"])
-            jail.drop_privileges(settings["uid"])
-            jail.refuse_system_calls(also_signals_and_network=self._pid_namespace is None)
-            programs.run_job(CHANNEL_FD)
-        finally:
-            os._exit(1)
-
-    def _arrange_descriptors(self, fds: list[int]) -> None:
-        null = os.open("/dev/null", os.O_RDWR)
-        high = [os.dup2(fd, 64 + index) for index, fd in enumerate([null, *fds])]
-        for target in (0, 1, 2):
-            os.dup2(high[0], target)
-        for index, fd in enumerate(high[1:]):
-            os.dup2(fd, CHANNEL_FD + index)
-        os.closerange(CHANNEL_FD + len(fds), 256)
-
-    def _kill(self, pid: int) -> None:
-        if pid not in self._live:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        if self._pid_namespace is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        # A PID namespace's first process is waitable only after every other process in it is gone.
-        os.waitpid(pid, 0)
-        self._live.discard(pid)
-        self._kill_orphans()
-
-    def _kill_orphans(self) -> None:
-        """Descendants that left the process group: as sub-reaper (or process 1) they become our children."""
-        if self._pid_namespace is not None:
-            return
+    def serve(self) -> NoReturn:
+        self._control.send(b'{"ready": true}')
         while True:
-            orphans = [pid for pid in _children_of(os.getpid()) if pid not in self._live]
-            if not orphans:
-                return
-            for pid in orphans:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for pid in orphans:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+            message, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 4)
+            if not message:
+                os._exit(0)
+            request = json.loads(message)
+            if request["op"] == "run":
+                self._fork(request["limits"], descriptors)
+            else:
+                self._control.send(json.dumps({"swept": self._sweep()}).encode())
 
+    def _load(self, kind: str, path: list[str]) -> Run:
+        for name in _PRELOADED.split():
+            importlib.import_module(name)
+        sys.path += path
+        run: Run = importlib.import_module(f"reward.child.{kind}").run
+        # `reward` is how this process found its own modules; a child has no business with it.
+        for name in [name for name in sys.modules if name.split(".")[0] == "reward"]:
+            del sys.modules[name]
+        # Every run starts from one state, so that the same program gets the same verdict.
+        random.seed(0)
+        return run
 
-def _children_of(parent: int) -> list[int]:
-    children = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+    def _fork(self, limits: dict[str, int], descriptors: list[int]) -> None:
+        limits = dict(limits)
+        if not self._namespaced and self._uid is None:
+            limits["num_processes"] += jail.num_own_tasks()
+        try:
+            child = os.fork()
+        except OSError:
+            child = -1  # Closing the channels tells the parent.
+        if child == 0:
             try:
-                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                    fields = file.read().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                children.append(int(name))
-    return children
+                self._become_run(limits, descriptors)
+            finally:
+                os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _become_run(self, limits: dict[str, int], descriptors: list[int]) -> None:
+        """In the child: descriptors 0 to 2 are /dev/null, the channels follow, and nothing else survives."""
+        os.setsid()
+        high = [os.dup2(descriptor, 100 + index) for index, descriptor in enumerate(descriptors)]
+        channels = [os.dup2(descriptor, _CHANNEL_FD + index) for index, descriptor in enumerate(high)]
+        os.closerange(_CHANNEL_FD + len(channels), 4096)
+        jail.limit_resources(**limits)
+        jail.drop_privileges(self._uid)
+        # After the change of user, which clears it.
+        jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+        jail.refuse_system_calls(also_signals_and_network=not self._namespaced)
+        sockets = [socket.socket(fileno=descriptor) for descriptor in channels]
+        sockets[0].sendall(b"+")
+        self._run(sockets)
+
+    def _sweep(self) -> int:
+        """Kill and reap all that is left of a run, wherever it moved to; the number of processes reaped."""
+        swept = 0
+        while True:
+            if self._namespaced:
+                # From process 1 this reaches every process of the namespace at once: nothing can fork its way out.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)
+            else:
+                for pid in _children():
+                    for kill in (os.killpg, os.kill):
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            kill(pid, signal.SIGKILL)
+            try:
+                while os.waitpid(-1, 0 if self._namespaced else os.WNOHANG) != (0, 0):
+                    swept += 1
+                time.sleep(0.0005)
+            except ChildProcessError:
+                break
+        if os.listdir("."):
+            self._empty_scratch()
+        return swept
+
+    def _empty_scratch(self) -> None:
+        if self._namespaced:
+            jail.mount_scratch(self._tmp_bytes, replace=True)
+            return
+        for name in os.listdir("."):
+            if os.path.isdir(name) and not os.path.islink(name):
+                shutil.rmtree(name, ignore_errors=True)
+            else:
+                os.unlink(name)
 
 
-def main() -> None:
-    """argv[1]: {"fd", "tier", "readable", "limits", "tmp_bytes", "uid", "preload", "packages"} as JSON."""
-    settings = json.loads(sys.argv[1])
-    control = socket.socket(fileno=settings["fd"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pid_namespace = enter_tier(settings["tier"], settings["readable"])
-    jail.prctl(jail.PR_SET_DUMPABLE, 0)
-    sys.path += [path for path in settings["packages"] if path not in sys.path]
-    programs.preload(settings["preload"])
-    os.environ.clear()
-    os.environ["HOME"] = os.environ["TMPDIR"] = "/tmp"
-    gc.collect()
-    gc.freeze()
-    control.send(b"ready")
-    Zygote(control, settings, pid_namespace).serve()
-
-
-if __name__ == "__main__":
-    main()
+def _children() -> list[int]:
+    """Direct children; the orphans of a run are among them, because the server is their reaper."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return [int(pid) for pid in file.read().split()]
+    except FileNotFoundError:
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                    found.append(int(name))
+        return found

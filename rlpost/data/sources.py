@@ -164,7 +164,17 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     }
     if config.solution:
         reference["solution"] = row[config.solution]
+        reference["entry_point"] = reference["entry_point"] or _called_function(
+            row[config.solution], reference["tests"]
+        )
     return reference
+
+
+def _called_function(solution: str, tests: Sequence[str]) -> str | None:
+    """The function of the solution that the tests call, which may have the name of a builtin; None if that is unclear."""
+    defined = re.findall(r"^def (\w+)\(", solution, re.MULTILINE)
+    called = [name for name in defined if any(re.search(rf"\b{name}\(", test) for test in tests)]
+    return called[0] if len(set(called)) == 1 else None
 
 
 def _demonstration(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
@@ -188,7 +198,7 @@ def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: f
         try:
             check_reference(prompt.task, prompt.reference)
         except ValueError as error:
-            raise RecipeError(f"prompt {prompt.id}: {error}") from error
+            raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
     checked = [i for i, gold in enumerate(golds) if gold is not None]
     with RewardPool(num_workers=workers, deadline_s=deadline_s) as pool:
         verdicts = pool.score_many([(prompts[i].task, golds[i] or "", prompts[i].reference) for i in checked])
