@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -124,11 +125,11 @@ def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[...
     assert [(row["eval"], row["step"]) for row in run.rows("eval.jsonl")] == [
         (name, step) for step in (0, 6, 12, 16) for name in ("math", "code")
     ]
-    for row in rows[1:]:
+    for before, row in itertools.pairwise(rows):
         for worker in ("learner", "sampler-0", "verifier"):
             seconds = [v for k, v in row.items() if k.startswith(f"time/{worker}/")]
-            if seconds:
-                assert sum(seconds) == pytest.approx(row["timing_s/step"], abs=3.0)
+            if seconds and any(k.startswith(f"time/{worker}/") for k in before):
+                assert sum(seconds) == pytest.approx(row["time"] - before["time"], abs=1.0)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = run.run_dir / "exports" / "code"
@@ -165,14 +166,19 @@ def test_a_killed_sampler_is_replaced_and_a_killed_learner_ends_the_run_with_its
     assert steps_seen == sorted(set(steps_seen)), "a step is missing or there twice after the resume"
 
 
-def test_a_driver_killed_outright_leaves_no_process(command: Callable[..., Command]) -> None:
+def test_a_driver_killed_outright_leaves_no_worker(command: Callable[..., Command]) -> None:
+    """Ray's own agents, which hold no model, end on their own schedule."""
     run = command(*LONG)
     run.wait_for(lambda: len(run.rows()) > 1)
     run.look()
+    workers = [
+        p for p in run.tree.values() if any(w in " ".join(_cmdline(p)) for w in ("ray::_", "zygote", "raylet/raylet"))
+    ]
+    assert len(workers) > 3
     os.kill(run.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
     run.process.wait(10)
-    while (left := [p for p in run.tree.values() if p.is_running()]) and time.monotonic() < deadline:
+    while (left := [p for p in workers if p.is_running()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
 

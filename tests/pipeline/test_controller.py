@@ -279,4 +279,4 @@ def test_seconds_of_every_worker_sum_to_the_time_between_two_steps(make_run: Mak
     for row in rows:
         for worker in ("learner-0", "sampler-0", "verifier-0"):
             seconds = sum(v for k, v in row.items() if k.startswith(f"time/{worker}/"))
-            assert seconds == pytest.approx(row["timing_s/step"], abs=0.1)
+            assert seconds == pytest.approx(row["timing_s/step"], abs=1.0)
