@@ -433,9 +433,12 @@ def test_two_ranks_resume_bit_for_bit_in_fresh_processes(
 
 @pytest.fixture(scope="module")
 def resumed(process_group: None, tied_model: Path, checkpoints: Path) -> dict[str, tuple[Result, Result]]:
-    """Whole runs here, and their second halves in one fresh process."""
+    """Whole runs in one fresh process, and their second halves in another.
+
+    Not in this one: what other tests did to its threads and libraries can change the last bit of a sum.
+    """
     jobs = [whole_run(kind, tied_model, checkpoints / f"one-{kind}") for kind in (PLAIN, *DEEPSPEED)]
-    wholes = [run(job) for job in jobs]
+    wholes = run_in_children(jobs, world_size=1)[0]
     rests = run_in_children([rest_of(job) for job in jobs], world_size=1)[0]
     return {str(j.kind): (w, r) for j, w, r in zip(jobs, wholes, rests, strict=True)}
 
