@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rlpost import __version__
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_USAGE = 2
+"""A wrong command, recipe or input: nothing was started."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

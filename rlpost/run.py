@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from typing import Any
 from rich.console import Console
 
 from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
-from rlpost.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from rlpost.config import GRPO, GeneratedData, Recipe, RecipeError, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
@@ -40,6 +40,7 @@ from rlpost.summary import summarize_run
 from rlpost.tracking import RunTracker, WandbOptions
 from rlpost.types import Prompt
 
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
 NUM_CHECKED_GENERATED = 32
@@ -299,22 +300,14 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
     sampled = isinstance(algo, GRPO)
     objective: Objective
     if isinstance(algo, GRPO):
-        objective = PolicyGradient(
-            clip_low=algo.clip_low,
-            clip_high=algo.clip_high,
-            proximal=algo.proximal,
-            tis_cap=algo.tis_cap,
-            kl_coef=algo.kl_coef,
-            normalize_std=algo.normalize_std,
-            aggregation=algo.aggregation,
-        )
+        names = {field.name for field in dataclasses.fields(PolicyGradient)}
+        objective = PolicyGradient(**algo.model_dump(include=names))
     else:
         objective = Supervised(aggregation=algo.aggregation)
         if any(prompt.demonstration_ids is None for prompt in prompts):
             raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
-    optimizer = learner.optimizer
     return Stage(
         name=config.name,
         plan=StagePlan(
@@ -325,12 +318,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
         spec=StageSpec(
             objective=objective,
-            optimizer=OptimizerSpec(
-                betas=optimizer.betas,
-                eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-                max_grad_norm=optimizer.max_grad_norm,
-            ),
+            optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
         ),
@@ -345,16 +333,9 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
 
 
 def _settings(recipe: Recipe) -> RunSettings:
-    deadlines = recipe.deadlines
     return RunSettings(
         seed=recipe.seed,
-        limits=Limits(
-            start_s=deadlines.start_s,
-            sample_s=deadlines.sample_s,
-            judge_s=deadlines.judge_s,
-            update_s=deadlines.update_s,
-            learn_s=deadlines.learn_s,
-        ),
+        limits=Limits(**recipe.deadlines.model_dump()),
         checkpoint_every=recipe.checkpoint_every,
         max_failed_share=recipe.max_failed_share,
         log_groups=recipe.tracking.log_groups,

@@ -25,7 +25,7 @@ ALLOWED = {
     "doctor": {"tracking"},
     "workers": {"types", "core", "config", "pipeline", "engines"},
     "cli": {"config", "plan", "run", "summary", "doctor"},
-    "run": {"types", "core", "config", "data", "engines", "pipeline", "workers", "tracking", "checkpoint", "plan", "summary", "cli"},
+    "run": {"types", "core", "config", "data", "engines", "pipeline", "workers", "tracking", "checkpoint", "plan", "summary"},
 }  # fmt: skip
 ONLY_IN = {
     "vllm": "rlpost/engines/vllm_sampler.py",

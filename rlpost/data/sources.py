@@ -163,7 +163,7 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
         "entry_point": row[config.entry_point] if config.entry_point else None,
     }
     if config.solution:
-        reference["solution"] = row[config.solution]
+        reference["reference_solution"] = row[config.solution]
         reference["entry_point"] = reference["entry_point"] or _called_function(
             row[config.solution], reference["tests"]
         )
@@ -191,17 +191,19 @@ def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: f
     Raises:
         RecipeError: when more than `max_rejected` of the golds are rejected, with examples.
     """
-    from reward import Outcome, RewardPool, check_reference
+    from reward import Outcome, RewardPool, check_reference, gold_response
 
-    golds = [_gold(prompt) for prompt in prompts]
+    # A code problem without a reference solution has no gold to check.
+    checked = [i for i, p in enumerate(prompts) if p.task == "math" or p.reference.get("reference_solution")]
     for prompt in prompts:
         try:
             check_reference(prompt.task, prompt.reference)
         except ValueError as error:
             raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
-    checked = [i for i, gold in enumerate(golds) if gold is not None]
     with RewardPool(num_workers=workers, deadline_s=deadline_s) as pool:
-        verdicts = pool.score_many([(prompts[i].task, golds[i] or "", prompts[i].reference) for i in checked])
+        verdicts = pool.score_many(
+            [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(prompts.__getitem__, checked)]
+        )
     rejected = {i: v for i, v in zip(checked, verdicts, strict=True) if v.outcome is not Outcome.CORRECT}
     if len(rejected) > max_rejected * len(checked):
         examples = "; ".join(
@@ -212,10 +214,3 @@ def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: f
             " data, or leave these prompts out with max_rejected_golds"
         )
     return [prompt for i, prompt in enumerate(prompts) if i not in rejected]
-
-
-def _gold(prompt: Prompt) -> str | None:
-    if prompt.task == "math":
-        return f"\\boxed{{{prompt.reference['answer']}}}"
-    solution = prompt.reference.get("solution")
-    return f"```python\n{solution}\n```" if solution else None

@@ -1,7 +1,7 @@
 """The run: two loops over one buffer.
 
     rollout_loop   admit -> sample -> judge -> put | drop          one task per group
-    train_loop     take -> accumulate -> step -> publish -> commit  one step at a time
+    train_loop     take -> accumulate -> step -> commit -> publish  one step at a time
 
                   consumes            produces          waits for                     woken by
     rollout_loop  prompts             finished groups   a slot of the buffer          publish, drop, commit
@@ -9,8 +9,8 @@
     train_loop    finished groups     weight versions   the groups of its step        put, drop
 
 Nothing waits for itself: a slot opens when versions advance; versions advance when a step's groups have finished; those
-groups hold their slots already (`pipeline.buffer` has the proof). `learner.step` never waits for samplers to swap their
-weights: publishing overlaps with the next step, whose groups the bound already allowed.
+groups hold their slots already (`pipeline.buffer` has the proof). Samplers swap their weights beside the learner's next
+step, whose groups the bound already allowed; one publish is under way at a time, so a step waits only for the one before.
 
 Failures are handled in one place, `_run_group`: a verifier that broke or a group that no sampler survived is dropped and
 counted, and the run stops when their share passes `max_failed_share`. Everything else propagates and ends the run.
@@ -123,7 +123,6 @@ class Controller:
         self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
         self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
         self._load_from = load_from
-        self._start = start or Position()
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
         self._bell = Bell()
         self._publishing: asyncio.Task[None] | None = None
@@ -252,7 +251,7 @@ class Controller:
                 await self._publish()
                 self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
-            first_step = self.buffer.step - self._steps_into(index)
+            first_step = sum(before.plan.num_steps for before in self.stages[:index])
             while self.buffer.step < first_step + stage.plan.num_steps:
                 await self._train_step(stage, self.buffer.step - first_step)
             if not stage.sampled:
@@ -277,9 +276,6 @@ class Controller:
         await self._begin(saved_stage)
         await self._learn("load", self.workers.learner.load(self._load_from))
         return saved_stage
-
-    def _steps_into(self, stage_index: int) -> int:
-        return self.buffer.step - sum(stage.plan.num_steps for stage in self.stages[:stage_index])
 
     async def _train_step(self, stage: Stage, step_in_stage: int) -> None:
         started, waited_s, groups = self._clock(), 0.0, []

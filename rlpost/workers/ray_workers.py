@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,9 +68,6 @@ class _SamplerProcess:
 
     async def seconds(self) -> Seconds:
         return self._service.seconds()
-
-    async def pid(self) -> int:
-        return os.getpid()
 
 
 class _VerifierProcess:
@@ -171,9 +167,6 @@ class _LearnerProcess:
     def seconds(self) -> Seconds:
         return self._service.seconds()
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 # -- in the driver -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +262,6 @@ class RayWorkers:
     ) -> None:
         self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
         self._log_dir = log_dir
-        self._num_restarts = 0
         self.learner = self._start_learner(learner)
         self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
         log_path = log_dir / "verifier.log"

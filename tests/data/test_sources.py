@@ -77,7 +77,7 @@ def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
 
 
 def code_prompt(solution: str) -> Prompt:
-    reference = {"tests": ["assert f(2) == 4"], "setup": "", "entry_point": "f", "solution": solution}
+    reference = {"tests": ["assert f(2) == 4"], "setup": "", "entry_point": "f", "reference_solution": solution}
     return Prompt(id=solution[:20], token_ids=(1,), task="code", reference=reference)
 
 
