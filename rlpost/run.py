@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
+from rlpost.checkpoint import Checkpoint, RunCheckpoints, exported, latest_checkpoint
 from rlpost.config import GRPO, GeneratedData, Recipe, RecipeError, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
@@ -199,7 +199,9 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
     )
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
-    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage):
+    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
+        run_dir, recipe.stage[-1].name
+    ):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
 
