@@ -57,9 +57,7 @@ def bare(model_path: Path, dtype: str) -> None:
     for line in sys.stdin:
         rl = line.strip() == "rl"
         params = [
-            SamplingParams(
-                temperature=1.0, max_tokens=MAX_TOKENS, seed=i if rl else None, logprobs=0 if rl else None
-            )
+            SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS, seed=i if rl else None, logprobs=0 if rl else None)
             for i in range(len(requests))
         ]
         started = time.perf_counter()

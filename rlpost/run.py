@@ -355,11 +355,13 @@ def _ray(recipe: Recipe) -> Any:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
-    if recipe.ray_address is not None:
-        ray.init(address=recipe.ray_address, log_to_driver=False)
-    else:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
+    with contextlib.ExitStack() as cleanup:
+        if recipe.ray_address is not None:
+            ray.init(address=recipe.ray_address, log_to_driver=False)
+        else:
+            from rlpost.workers.orphans import ended_with_this_process
+
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            cleanup.enter_context(ended_with_this_process())
+        cleanup.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()

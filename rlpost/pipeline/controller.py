@@ -36,6 +36,7 @@ from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Fleet, Limits
+from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.pipeline.step_metrics import StepRecord, step_metrics
@@ -128,6 +129,7 @@ class Controller:
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
+        self._evaluating = Ledger("train", clock)
         self._refills = 0
         self._last_export: Export | None = None
         self._publish_s = 0.0
@@ -327,6 +329,7 @@ class Controller:
             groups=tuple(groups),
             seconds=self._clock() - started,
             waited_s=waited_s,
+            evaluating_s=self._evaluating.collect().get("evaluate", 0.0),
             buffer=dict(self.buffer.snapshot()),
             export=self._last_export if stage.sampled else None,
             publish_s=self._publish_s,
@@ -386,9 +389,13 @@ class Controller:
         if published is not None:
             await published
         async with self._holding:
-            for eval_set in self.eval_sets:
-                result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
-                self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
+            with self._evaluating.state("evaluate"):
+                await self._judge_sets(when, version)
+
+    async def _judge_sets(self, when: str, version: int) -> None:
+        for eval_set in self.eval_sets:
+            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
+            self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
 
     async def _learn(self, phase: str, call: Any) -> Any:
         return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)
