@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -75,6 +76,8 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         RecipeError: when the recipe, its model or its data cannot be used; nothing was started then.
     """
     started = time.perf_counter()
+    # transformers imports DeepSpeed where it is installed, which then looks for accelerators; this process needs none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_dir = recipe.directory.resolve()
     checkpoint = _open_run_directory(recipe, run_dir, resume=resume, console=console)
     model_path = _model_directory(recipe, run_dir)
@@ -353,6 +356,8 @@ def _ray(recipe: Recipe) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray would run its workers at nice 15: whatever else this machine does would starve the run.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # That Ray's token authentication is on asks nothing of anyone.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     import ray
 
     with contextlib.ExitStack() as cleanup:

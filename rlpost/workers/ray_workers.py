@@ -319,11 +319,19 @@ class RayWorkers:
             process = ray.remote(_LearnerProcess).options(
                 num_cpus=0,
                 num_gpus=config.gpus_per_rank,
-                # Threads that spin while they wait bring a shared machine to a standstill.
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+                runtime_env={"env_vars": _learner_environment(config)},
             )
             actors.append(process.remote(self._model_path, config, serve_dtype, rank, master, log_paths[-1]))
         return RayLearner(actors, log_paths)
+
+
+def _learner_environment(config: LearnerConfig) -> dict[str, str]:
+    return {
+        "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
+        "OMP_NUM_THREADS": str(config.threads),
+        # Threads that spin while they wait bring a shared machine to a standstill.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def _free_port() -> int:
