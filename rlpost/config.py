@@ -179,24 +179,57 @@ class DeadlineConfig(_Table):
 
 
 class GRPO(_Table):
+    """Group-relative policy gradient; docs/algorithms.md names the combinations, core/objective.py has the equations."""
+
     name: Literal["grpo"]
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts per prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the weights updated and the oldest token trained on; 0 is synchronous."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std"] = "group_std"
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip: Literal["ppo", "cispo"] = "ppo"
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
-    proximal: Literal["sampler", "learner"] = "sampler"
-    """Centre of the trust region; see core/objective.py."""
-    tis_cap: Annotated[float, Field(gt=0)] = 2.0
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    normalize_std: bool = True
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    truncated: Literal["train", "mask"] = "train"
+    """Rollouts cut at the token limit: train on them as on others, or leave them out of the loss."""
+    proximal: Literal["sampler", "learner"] = "sampler"
+    weight_level: Literal["token", "sequence"] = "token"
+    weight_form: Literal["truncated", "masked"] = "truncated"
+    weight_low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_high: Annotated[float, Field(ge=1)] = 2.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Of the KL to the policy at the start of the stage."""
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     refill: bool = False
     """Replace groups without signal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: Annotated[float, Field(gt=0)] | None = None
     """Let finished groups overtake a straggler the learner has waited for this long."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> GRPO:
+        if self.clip == "cispo" and self.dual_clip is not None:
+            raise ValueError('dual_clip bounds what clip = "ppo" leaves open; clip = "cispo" leaves nothing: drop one')
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                'kl_estimator = "k1" in the loss has the gradient of log pi alone: the reference has no say in it. Use'
+                ' kl_place = "reward", or "k2" (the gradient of KL(policy || reference)) or "k3"'
+            )
+        if self.kl_place == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f'kl_estimator = "{self.kl_estimator}" in the reward does not have the gradient of a KL: use "k1", which'
+                ' does, or kl_place = "loss"'
+            )
+        if self.advantage == "batch_std" and self.kl_coef and self.kl_place == "loss":
+            raise ValueError(
+                'advantage = "batch_std" divides the whole gradient when the step is complete, KL included: use'
+                ' kl_place = "reward" with kl_estimator = "k1", where the KL is scaled as the reward is, or kl_coef = 0'
+            )
+        return self
 
 
 class SFT(_Table):

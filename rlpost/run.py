@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
-from rlpost.config import GRPO, GeneratedData, Recipe, RecipeError, StageConfig
+from rlpost.config import GRPO, Algo, GeneratedData, Recipe, RecipeError, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
 from rlpost.engines.pretrained import check_model_directory
@@ -298,14 +298,8 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
     algo, learner = config.algo, recipe.learner
     sampled = isinstance(algo, GRPO)
-    objective: Objective
-    if isinstance(algo, GRPO):
-        names = {field.name for field in dataclasses.fields(PolicyGradient)}
-        objective = PolicyGradient(**algo.model_dump(include=names))
-    else:
-        objective = Supervised(aggregation=algo.aggregation)
-        if any(prompt.demonstration_ids is None for prompt in prompts):
-            raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
+    if not sampled and any(prompt.demonstration_ids is None for prompt in prompts):
+        raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
     return Stage(
@@ -317,7 +311,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         ),
         prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
         spec=StageSpec(
-            objective=objective,
+            objective=objective_of(algo),
             optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
@@ -330,6 +324,13 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
     )
+
+
+def objective_of(algo: Algo) -> Objective:
+    """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
+    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised
+    names = {field.name for field in dataclasses.fields(objective)}
+    return objective(**algo.model_dump(include=names))
 
 
 def _settings(recipe: Recipe) -> RunSettings:

@@ -26,7 +26,7 @@ from deepspeed.runtime import bf16_optimizer
 
 from rlpost.core.batching import collate, plan_micro_batches
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally
+from rlpost.core.objective import StageSpec, loss_and_tally, trained_rows
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
 from rlpost.types import Rollout
@@ -133,7 +133,7 @@ class DeepSpeedLearner:
     ) -> None:
         spec = self._spec
         assert spec is not None, "begin_stage comes first"
-        rows = [i for i, a in enumerate(advantages) if spec.objective.has_gradient(a)]
+        rows = trained_rows(spec.objective, rollouts, advantages)
         micro_batches = plan_micro_batches(
             [len(rollouts[i].token_ids) for i in rows],
             max_tokens=self._micro_batch_tokens,

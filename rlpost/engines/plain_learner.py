@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlpost.core.batching import collate
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally
+from rlpost.core.objective import StageSpec, loss_and_tally, trained_rows
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.types import Rollout
 
@@ -47,12 +47,10 @@ class PlainLearner:
     ) -> None:
         spec = self._spec
         assert spec is not None, "begin_stage comes first"
-        for rollout, advantage in zip(rollouts, advantages, strict=True):
-            if not spec.objective.has_gradient(advantage):
-                continue
+        for row in trained_rows(spec.objective, rollouts, advantages):
             batch = collate(
-                [rollout],
-                [advantage],
+                [rollouts[row]],
+                [advantages[row]],
                 aggregation=spec.objective.aggregation,
                 learner_version=learner_version,
                 max_staleness=max_staleness,

@@ -28,9 +28,8 @@ from typing import Any, Protocol
 import torch
 
 from rlpost.core.advantages import group_advantages
-from rlpost.core.losses import denominator
 from rlpost.core.metrics import StepReport
-from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.core.objective import PolicyGradient, StageSpec, step_denominator
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
@@ -186,7 +185,7 @@ class Controller:
         objective = stage.spec.objective
         assert isinstance(objective, PolicyGradient)
         rewards_G = torch.tensor([j.reward for j in judgements], dtype=torch.float64)
-        advantages_G = tuple(group_advantages(rewards_G, normalize_std=objective.normalize_std).tolist())
+        advantages_G = tuple(group_advantages(rewards_G, advantage=objective.advantage).tolist())
         if stage.refill and not any(advantages_G):
             self._filter(ticket, stage)
             return
@@ -341,11 +340,10 @@ class Controller:
 
     @staticmethod
     def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:
-        lengths = [length for group in groups for length in group.summary.num_tokens_G]
-        return denominator(
-            sum(lengths),
-            len(lengths),
-            aggregation=stage.spec.objective.aggregation,
+        return step_denominator(
+            stage.spec.objective,
+            [group.summary for group in groups],
+            [group.advantages_G for group in groups],
             max_response_tokens=stage.max_response_tokens,
         )
 

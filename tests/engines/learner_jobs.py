@@ -90,7 +90,7 @@ class Result:
 @functools.cache
 def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
     """Twelve rollouts of 7 to 20 tokens, two of them without advantage, from a sampler near the model at SPEC's
-    temperature, in flight while its weights were swapped."""
+    temperature, in flight while its weights were swapped; three were cut at the token limit."""
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     rollouts = []
@@ -106,7 +106,7 @@ def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
                 loss_mask=mask,
                 sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids) + noise, 0.0),
                 spans=(VersionSpan(version=0, start=0, end=2), VersionSpan(version=1, start=2, end=num_response)),
-                finish_reason="stop",
+                finish_reason="length" if index % 5 == 1 else "stop",
                 text="",
             )
         )

@@ -59,7 +59,7 @@ def synchronous_loop(model: Path, stage: Any) -> tuple[list[tuple[float, float]]
             group = [done[f"{place}-{index}"] for index in range(stage.group_size)]
             rewards = [parity_judge(RolloutGroup(prompt=PROMPTS[0], rollouts=()), r).reward for r in group]
             rollouts += group
-            advantages += group_advantages(torch.tensor(rewards), normalize_std=True).tolist()
+            advantages += group_advantages(torch.tensor(rewards), advantage="group_std").tolist()
         learner.accumulate(rollouts, advantages, learner_version=step, max_staleness=0)
         num_tokens = sum(r.num_response_tokens for r in rollouts)
         report = learner.step(denominator=num_tokens, lr=stage.lr)
