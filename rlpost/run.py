@@ -24,8 +24,10 @@ from typing import Any
 from rich.console import Console
 
 from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
-from rlpost.config import GRPO, Algo, GeneratedData, Recipe, RecipeError, StageConfig
+from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.preference import Preference
+from rlpost.data.pairs import load_pairs
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
 from rlpost.engines.pretrained import check_model_directory
 from rlpost.pipeline.buffer import StagePlan
@@ -65,6 +67,8 @@ class _Plan:
 
     stages: tuple[Stage, ...]
     eval_sets: tuple[EvalSet, ...]
+    left_out: Mapping[str, Mapping[str, int]]
+    """Per data set of pairs, how many were left out for which reason."""
     start: Checkpoint | None
 
 
@@ -108,6 +112,8 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
                 tracker.log(
                     "event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)}
                 )
+                for name, counts in plan.left_out.items():
+                    tracker.log("event", {"event": "data_left_out", "data": name, **counts})
                 code = _supervise(recipe, plan, workers, tracker, run_dir, console)
     if code == 0:
         console.print(summarize_run(run_dir))
@@ -255,7 +261,8 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
             f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
         )
     used = {stage.data for stage in recipe.stage}
-    prompts = {name: _load(recipe, name, tokenizer) for name in used | {item.data for item in recipe.eval}}
+    left_out: dict[str, Mapping[str, int]] = {}
+    prompts = {name: _load(recipe, name, tokenizer, left_out) for name in used | {item.data for item in recipe.eval}}
     stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
     if checkpoint is not None:
         for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
@@ -273,12 +280,17 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
         )
         for item in recipe.eval
     )
-    return _Plan(stages=stages, eval_sets=eval_sets, start=checkpoint)
+    return _Plan(stages=stages, eval_sets=eval_sets, left_out=left_out, start=checkpoint)
 
 
-def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
+def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
+    """The prompts of one data set; what was left out of it, by reason, is added to `left_out`."""
     config = recipe.data[name]
     verifier = recipe.verifier
+    if isinstance(config, PairData):
+        longest = min(stage.max_response_tokens for stage in recipe.stage if stage.data == name)
+        pairs, left_out[name] = load_pairs(config, tokenizer, max_response_tokens=longest)
+        return pairs
     if isinstance(config, GeneratedData):
         # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
         seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
@@ -297,8 +309,8 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
     algo, learner = config.algo, recipe.learner
-    sampled = isinstance(algo, GRPO)
-    if not sampled and any(prompt.demonstration_ids is None for prompt in prompts):
+    sampled = isinstance(algo, Sampled)
+    if isinstance(algo, SFT) and any(prompt.demonstration_ids is None for prompt in prompts):
         raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
@@ -316,7 +328,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
         ),
-        group_size=algo.group_size if sampled else 1,
+        group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,
         lr=config.lr,
         lr_warmup_steps=config.lr_warmup_steps,
@@ -328,7 +340,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
 
 def objective_of(algo: Algo) -> Objective:
     """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
-    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised
+    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised if isinstance(algo, SFT) else Preference
     names = {field.name for field in dataclasses.fields(objective)}
     return objective(**algo.model_dump(include=names))
 

@@ -55,6 +55,13 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.rl.algo.kl_place=reward", r'"k3" in the reward does not have the gradient of a KL: use "k1"'),
         ("stage.rl.algo={advantage='batch_std', kl_coef=0.1}", r"divides the whole gradient.*kl_place = \"reward\""),
         ("stage.rl.algo={clip='cispo', dual_clip=3.0}", r"drop one"),
+        ("stage.rl.algo={name='dpo'}", r"needs data with source = \"pairs\", not 'dataset'.*online_dpo"),
+        ("stage.rl.algo={name='online_dpo', loss='ipo', label_smoothing=0.1}", r'no meaning in loss = "ipo"'),
+        ("stage.rl.algo={name='online_dpo', gamma=0.5}", r'gamma is the margin of loss = "simpo"'),
+        (
+            "data.math={source='pairs', path='x', prompt='{p}', chosen='c', rejected='r'}",
+            r"'rl' needs prompts that a verifier",
+        ),
         ("stage.rl.algo.weight_high=0.5", r"weight_high.*greater than or equal to 1"),
         ("justaword", r"not of the form key.path=value"),
         ("model.build.hidden_size=64", r"either path|required"),

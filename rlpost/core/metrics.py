@@ -15,6 +15,8 @@ MISMATCH_EDGES = torch.logspace(-4, 1, 51)
 AGE_BUCKETS = 4
 """Ages 0, 1, 2 and "3 or more" are told apart."""
 OPTIONAL_SHARES = {
+    "clipped": "actor/pg_clipfrac",
+    "clipped_low": "actor/pg_clipfrac_lower",
     "clipped_dual": "actor/pg_clipfrac_dual",
     "weight_truncated": "mismatch/weight_truncated_share",
     "weight_masked": "mismatch/weight_masked_share",
@@ -92,8 +94,6 @@ def policy_metrics(tally: Tally) -> dict[str, float]:
     metrics = {
         "actor/entropy": tally.sums["entropy"] / tokens,
         "actor/ppo_kl": tally.sums["kl_k3"] / tokens,
-        "actor/pg_clipfrac": (tally.sums["clipped_low"] + tally.sums["clipped_high"]) / tokens,
-        "actor/pg_clipfrac_lower": tally.sums["clipped_low"] / tokens,
         "mismatch/logprob_gap_mean": tally.sums["gap"] / tokens,
         "mismatch/logprob_gap_p95": float(MISMATCH_EDGES[min(p95_bin, len(MISMATCH_EDGES) - 1)]),
         "mismatch/logprob_gap_max": tally.maxima["gap"],
@@ -109,3 +109,19 @@ def policy_metrics(tally: Tally) -> dict[str, float]:
             metrics[f"staleness/token_share_age_{age}"] = count / tokens
             metrics[f"mismatch/logprob_gap_mean_age_{age}"] = tally.sums[f"gap_age_{age}"] / count
     return metrics
+
+
+def preference_metrics(tally: Tally) -> dict[str, float]:
+    """The figures of a whole step of a preference objective; none for others. Keys as in docs/metrics.md."""
+    if "pairs" not in tally.sums:
+        return {}
+    sums, pairs = tally.sums, max(tally.sums["pairs"], 1.0)
+    return {
+        "preference/loss": sums["loss"] / pairs,
+        "preference/accuracy": sums["pairs_right"] / pairs,
+        "preference/margin": sums["margin"] / pairs,
+        "preference/chosen_logprob": sums["chosen_logprob"] / pairs,
+        "preference/rejected_logprob": sums["rejected_logprob"] / pairs,
+        "preference/pairs": sums["pairs"],
+        "preference/pairs_skipped": sums["pairs_skipped"],
+    }

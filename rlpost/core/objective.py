@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from rlpost.core.advantages import Advantage, batch_scale
+from rlpost.core.advantages import Advantage, batch_scale, group_advantages
 from rlpost.core.kl import kl_terms, kl_to_go
 from rlpost.core.losses import (
     Level,
@@ -24,6 +25,7 @@ from rlpost.core.losses import (
     weighted_sum,
 )
 from rlpost.core.metrics import Tally, tally_policy
+from rlpost.core.preference import Preference, best_against_worst, pairs_of, preference_loss
 from rlpost.types import GroupSummary, Rollout, TrainingBatch
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -82,14 +84,8 @@ class Supervised:
     aggregation: Aggregation = "token_mean"
     needs_reference: bool = False
 
-    def counts(self, finish_reason: str) -> bool:
-        return True
 
-    def has_gradient(self, advantage: float) -> bool:
-        return True
-
-
-Objective = PolicyGradient | Supervised
+Objective = PolicyGradient | Supervised | Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +110,26 @@ class StageSpec:
     """CPU threads of this stage: supervised stages may take the cores that samplers leave idle."""
 
 
-def trained_rows(objective: Objective, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> list[int]:
-    """Indices of the rollouts that can move a weight, in order; the others need no forward pass."""
+def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:
+    """One advantage per rollout of a sampled group; all zero when the group holds nothing to learn."""
+    assert not isinstance(objective, Supervised), "demonstrations are not judged"
+    if isinstance(objective, Preference):
+        return tuple(best_against_worst(objective, rewards, finish_reasons))
+    rewards_G = torch.tensor(rewards, dtype=torch.float64)
+    return tuple(group_advantages(rewards_G, advantage=objective.advantage).tolist())
+
+
+def trained_units(
+    objective: Objective, rollouts: Sequence[Rollout], advantages: Sequence[float]
+) -> list[tuple[int, ...]]:
+    """Indices of the rollouts that can move a weight; the others need no forward pass. Those of one unit, one rollout or
+    the pair (chosen, rejected), must be in one micro-batch."""
+    if isinstance(objective, Preference):
+        return list(pairs_of(advantages))
+    if isinstance(objective, Supervised):
+        return [(index,) for index in range(len(rollouts))]
     return [
-        index
+        (index,)
         for index, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True))
         if objective.counts(rollout.finish_reason) and objective.has_gradient(advantage)
     ]
@@ -130,19 +142,25 @@ def step_denominator(
     *,
     max_response_tokens: int,
 ) -> float:
-    """What divides the summed gradient of a step, from all its groups: known when the last has arrived."""
+    """What divides the summed gradient of a step, from all its groups: known when the last has arrived.
+
+    Of a preference objective the number of pairs: groups without one (ties) are not in the mean.
+    """
+    if isinstance(objective, Preference):
+        return float(max(sum(any(advantages_G) for advantages_G in advantages), 1))
+    policy = objective if isinstance(objective, PolicyGradient) else None
     lengths = [
         length
         for group in groups
         for length, reason in zip(group.num_tokens_G, group.finish_reasons_G, strict=True)
-        if objective.counts(reason)
+        if policy is None or policy.counts(reason)
     ]
     mean = denominator(
         sum(lengths), len(lengths), aggregation=objective.aggregation, max_response_tokens=max_response_tokens
     )
-    if isinstance(objective, Supervised):
+    if policy is None:
         return mean
-    return mean * batch_scale([a for advantages_G in advantages for a in advantages_G], advantage=objective.advantage)
+    return mean * batch_scale([a for advantages_G in advantages for a in advantages_G], advantage=policy.advantage)
 
 
 def loss_and_tally(
@@ -158,6 +176,9 @@ def loss_and_tally(
         tally = Tally()
         tally.add(loss=float(loss.detach()), tokens=float(batch.loss_mask_BT.sum()))
         return loss, tally
+    if isinstance(objective, Preference):
+        loss, tally = preference_loss(objective, batch, logprobs_BT, reference_logprobs_BT)
+        return loss, Tally.merge([tally, tally_policy(batch, logprobs_BT, entropies_BT)])
     return _policy_gradient(objective, batch, logprobs_BT, entropies_BT, reference_logprobs_BT)
 
 
@@ -181,8 +202,8 @@ def _policy_gradient(
     tally = tally_policy(batch, logprobs_BT, entropies_BT)
     tally.add(
         loss=float(loss.detach()),
+        clipped=((surrogate.clipped_low_BT | surrogate.clipped_high_BT) & mask_BT).sum(),
         clipped_low=(surrogate.clipped_low_BT & mask_BT).sum(),
-        clipped_high=(surrogate.clipped_high_BT & mask_BT).sum(),
     )
     if objective.dual_clip is not None:
         tally.add(clipped_dual=(surrogate.clipped_dual_BT & mask_BT).sum())

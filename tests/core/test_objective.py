@@ -17,7 +17,7 @@ from rlpost.core.objective import (
     Supervised,
     loss_and_tally,
     step_denominator,
-    trained_rows,
+    trained_units,
 )
 from rlpost.types import GroupSummary, Rollout, TrainingBatch, VersionSpan
 from tests.core.conftest import make_batch, rows_of
@@ -175,11 +175,15 @@ def rollout(finish_reason: str) -> Rollout:
 def test_rollouts_are_skipped_exactly_when_they_cannot_move_a_weight() -> None:
     rollouts = [rollout("stop"), rollout("length"), rollout("stop")]
     advantages = [1e-9, -1.0, 0.0]
-    assert trained_rows(PolicyGradient(), rollouts, advantages) == [0, 1]
-    assert trained_rows(PolicyGradient(truncated="mask"), rollouts, advantages) == [0]
-    assert trained_rows(PolicyGradient(kl_coef=0.1), rollouts, advantages) == [0, 1, 2]
-    assert trained_rows(PolicyGradient(kl_coef=0.1, truncated="mask"), rollouts, advantages) == [0, 2]
-    assert trained_rows(Supervised(), rollouts, advantages) == [0, 1, 2]
+    expected = {
+        PolicyGradient(): [0, 1],
+        PolicyGradient(truncated="mask"): [0],
+        PolicyGradient(kl_coef=0.1): [0, 1, 2],
+        PolicyGradient(kl_coef=0.1, truncated="mask"): [0, 2],
+        Supervised(): [0, 1, 2],
+    }
+    for objective, rows in expected.items():
+        assert trained_units(objective, rollouts, advantages) == [(row,) for row in rows]
     for objective in (PolicyGradient(), PolicyGradient(proximal="learner")):
         assert evaluate(objective, 1.3, 0.0)[1] == 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpost.core.objective import PolicyGradient, loss_and_tally, step_denominator
+from rlpost.core.objective import Objective, PolicyGradient, loss_and_tally, step_denominator
+from rlpost.core.preference import Preference
 from rlpost.types import GroupSummary, TrainingBatch
 from tests.core.conftest import make_batch
 
@@ -38,7 +40,7 @@ def case(aggregation: str) -> tuple[TrainingBatch, Tensor, Tensor, Tensor]:
     return batch, sampler + noise[0], sampler + noise[1], sampler + noise[2]
 
 
-def ours(objective: PolicyGradient, batch: TrainingBatch, logprobs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def ours(objective: Objective, batch: TrainingBatch, logprobs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     lengths = tuple(batch.loss_mask_BT.sum(-1).tolist())
     group = GroupSummary(
         prompt_id="p",
@@ -51,7 +53,10 @@ def ours(objective: PolicyGradient, batch: TrainingBatch, logprobs: Tensor, refe
     leaf = logprobs.clone().requires_grad_()
     reference_BT = reference if objective.needs_reference else None
     loss, _ = loss_and_tally(objective, batch, leaf, torch.zeros_like(leaf), reference_BT)
-    loss = loss / step_denominator(objective, [group], [batch.advantages_B.tolist()], max_response_tokens=LENGTH)
+    groups, advantages = [group], [batch.advantages_B.tolist()]
+    if isinstance(objective, Preference):  # a pair is a group
+        groups, advantages = [group] * (NUM_ROWS // 2), [[1.0, -1.0]] * (NUM_ROWS // 2)
+    loss = loss / step_denominator(objective, groups, advantages, max_response_tokens=LENGTH)
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -142,3 +147,105 @@ def test_decoupled_weights_are_trls_vllm_correction(trl: Any, form: str, level: 
         vllm_importance_sampling_correction=True,
     )
     torch.testing.assert_close(ours(objective, batch, logprobs, reference), expected, rtol=1e-6, atol=1e-7)
+
+
+# -- preference --------------------------------------------------------------------------------------------------------
+
+
+def paired(rows_BT: Tensor) -> Tensor:
+    """TRL's order: every chosen row, then every rejected one; and a prompt token before, which its shift drops."""
+    return torch.cat([rows_BT[0::2], rows_BT[1::2]])
+
+
+class _Model:
+    """Hands out given log-probs where TRL calls a model."""
+
+    training = True
+
+    def __init__(self, logprobs: Tensor, mask: Tensor) -> None:
+        self._logprobs, self._mask = logprobs, mask
+
+    def __call__(self, **_: Any) -> Any:
+        zeros = torch.zeros(self._mask.shape)
+        return SimpleNamespace(
+            log_probs=self._logprobs * self._mask,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=self._mask.bool(),
+            aux_loss=None,
+        )
+
+
+@pytest.mark.parametrize(("loss", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_dpo_and_ipo_are_trls(trl: Any, loss: str, theirs: str) -> None:
+    batch, logprobs, _, reference = case("token_mean")
+    mask = paired(batch.loss_mask_BT.int())
+    leaf = logprobs.clone().requires_grad_()
+    model = _Model(paired(leaf), mask)
+    ref_chosen, ref_rejected = (paired(reference) * mask).sum(-1).chunk(2)
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[theirs],
+        loss_weights=[1.0],
+        label_smoothing=0.0,
+        beta=0.3,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    with_prompt = torch.cat([torch.zeros(NUM_ROWS, 1, dtype=mask.dtype), mask], dim=-1)
+    inputs = {
+        "input_ids": torch.zeros(NUM_ROWS, LENGTH + 1, dtype=torch.int64),
+        "attention_mask": torch.ones(NUM_ROWS, LENGTH + 1),
+        "completion_mask": with_prompt,
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+    }
+    value = trl.DPOTrainer._compute_loss(trainer, model, inputs, False)
+    value.backward()
+    expected = (value.detach(), leaf.grad)
+    objective = Preference(loss=loss, beta=0.3)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours(objective, batch, logprobs, reference), expected, rtol=1e-6, atol=1e-7)
+
+
+def mean_logprobs(batch: TrainingBatch, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    mask = batch.loss_mask_BT
+    means = torch.where(mask, logprobs, 0.0).sum(-1) / mask.sum(-1)
+    return means[0::2], means[1::2]
+
+
+def test_simpo_is_trls(trl: Any) -> None:
+    cpo = importlib.import_module("trl.experimental.cpo.cpo_trainer")
+    batch, logprobs, _, reference = case("token_mean")
+    leaf = logprobs.clone().requires_grad_()
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        loss_type="simpo",
+        simpo_gamma=0.5,
+        beta=2.0,
+        label_smoothing=0.1,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    value = cpo.CPOTrainer.cpo_loss(trainer, *mean_logprobs(batch, leaf))[0].mean()
+    value.backward()
+    objective = Preference(loss="simpo", beta=2.0, gamma=0.5, label_smoothing=0.1)
+    expected = (value.detach(), leaf.grad)
+    torch.testing.assert_close(ours(objective, batch, logprobs, reference), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_odds_ratio_term_of_orpo_is_trls(trl: Any) -> None:
+    orpo = importlib.import_module("trl.experimental.orpo.orpo_trainer")
+    batch, logprobs, _, reference = case("token_mean")
+    leaf = (logprobs - 0.5).requires_grad_()
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    value = -orpo.ORPOTrainer.odds_ratio_loss(trainer, *mean_logprobs(batch, leaf))[0].mean()
+    value.backward()
+    objective = Preference(loss="orpo", beta=0.3)
+    expected = (value.detach(), leaf.grad)
+    torch.testing.assert_close(ours(objective, batch, leaf.detach(), reference), expected, rtol=1e-6, atol=1e-7)

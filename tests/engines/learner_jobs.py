@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
+from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
@@ -27,6 +28,8 @@ LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
 only their signs."""
 NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
 """Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
+PAIRS = [1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0, -1.0, 1.0]
+"""Advantages of the twelve rollouts as five pairs and a tie, for preference objectives."""
 SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
 
 
@@ -148,6 +151,8 @@ def masters(learner: Any) -> dict[str, Tensor]:
 
 def train(learner: LearnerEngine, job: Job) -> StepReport:
     rollouts, advantages = make_rollouts(job.model_path)
+    if isinstance(job.spec.objective, Preference):
+        advantages = PAIRS
     for start, end in zip((0, *job.cuts), (*job.cuts, len(job.rows)), strict=True):
         rows = job.rows[start:end]
         learner.accumulate(

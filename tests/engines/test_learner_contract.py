@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2F
 
 from rlpost.core.metrics import Tally
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, Supervised
+from rlpost.core.preference import Preference
 from rlpost.core.weights import unchanged_fraction
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.plain_learner import PlainLearner
@@ -175,13 +176,16 @@ OBJECTIVES: dict[str, Objective] = {
     "with-kl": PolicyGradient(kl_coef=0.5),
     "with-kl-in-the-reward": PolicyGradient(kl_coef=0.5, kl_place="reward", kl_estimator="k1"),
     "supervised": Supervised(),
+    "dpo": Preference(beta=0.5, nll_coef=0.2),
+    "simpo": Preference(loss="simpo", beta=2.0, gamma=0.3),
 }
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
 def test_three_steps_are_those_of_the_specification(kind: Kind, tied_model: Path, objective: Objective) -> None:
-    job = Job(kind, tied_model, spec=replace(SPEC, objective=objective))
+    cuts = (6,) if isinstance(objective, Preference) else (7,)  # pairs are never cut
+    job = Job(kind, tied_model, spec=replace(SPEC, objective=objective), cuts=cuts)
     result, expected = run(job), run(replace(job, kind=PLAIN))
     tolerance = TOLERANCE[kind.dtype]
     assert error(result, expected) < tolerance
@@ -216,6 +220,23 @@ def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path
         {"cuts": tuple(range(1, 12))},
         {"rows": tuple(reversed(range(12))), "cuts": (2, 3)},
         {"gradient_checkpointing": True},
+    ]
+    for change in changes:
+        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_the_step_does_not_depend_on_how_its_pairs_were_cut(kind: Kind, tied_model: Path) -> None:
+    """Calls may begin and end between pairs, and micro-batches hold one pair or all."""
+    spec = replace(SPEC, objective=Preference(beta=0.5))
+    job = Job(kind, tied_model, num_steps=2, spec=spec, cuts=(6,))
+    base = run(job)
+    assert base.reports[0].tally.sums["pairs"] == 5
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 10_000, "cuts": ()},
+        {"cuts": (2, 6, 8)},
+        {"rows": (6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5), "cuts": (2,)},
     ]
     for change in changes:
         assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
