@@ -112,8 +112,9 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
                 tracker.log(
                     "event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)}
                 )
-                for name, counts in plan.left_out.items():
-                    tracker.log("event", {"event": "data_left_out", "data": name, **counts})
+                for name, reasons in plan.left_out.items():
+                    if reasons:
+                        tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
                 code = _supervise(recipe, plan, workers, tracker, run_dir, console)
     if code == 0:
         console.print(summarize_run(run_dir))

@@ -476,11 +476,13 @@ def rest_of(job: Job) -> Job:
 
 @pytest.fixture(scope="module")
 def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
-    """The whole run of every kind, and a step whose first call has one rollout: one of the ranks has nothing to train
-    there, and the collectives of the second call must still meet."""
+    """The whole run of every kind, and steps whose first call has one rollout, or one pair: one of the ranks has nothing
+    to train there, and the collectives of the second call must still meet."""
     jobs = {str(kind): whole_run(kind, tied_model, checkpoints / f"two-{kind}") for kind in DEEPSPEED}
     few = {f"{kind}-few": Job(kind, tied_model, rows=(0, 3, 4, 5, 6), cuts=(1,), num_steps=1) for kind in DEEPSPEED[:3]}
-    return jobs | few
+    pairs = replace(SPEC, objective=Preference(beta=0.5))
+    paired = {f"{kind}-pairs": Job(kind, tied_model, spec=pairs, cuts=(2,), num_steps=1) for kind in DEEPSPEED[:3]}
+    return jobs | few | paired
 
 
 @pytest.fixture(scope="module")
@@ -498,7 +500,9 @@ def two_ranks_resumed(two_rank_jobs: dict[str, Job], two_ranks: object) -> dict[
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", [*map(str, DEEPSPEED), *(f"{kind}-few" for kind in DEEPSPEED[:3])])
+@pytest.mark.parametrize(
+    "name", [*map(str, DEEPSPEED), *(f"{kind}-{few}" for kind in DEEPSPEED[:3] for few in ("few", "pairs"))]
+)
 def test_two_ranks_take_the_steps_of_one(
     name: str, two_rank_jobs: dict[str, Job], two_ranks: dict[str, list[Result]]
 ) -> None:
