@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
+from rlpost.checkpoint import Checkpoint, RunCheckpoints, exported, latest_checkpoint
 from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.preference import Preference
@@ -206,7 +206,9 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
     )
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
-    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage):
+    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
+        run_dir, recipe.stage[-1].name
+    ):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
 
@@ -367,11 +369,13 @@ def _ray(recipe: Recipe) -> Any:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
-    if recipe.ray_address is not None:
-        ray.init(address=recipe.ray_address, log_to_driver=False)
-    else:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
+    with contextlib.ExitStack() as cleanup:
+        if recipe.ray_address is not None:
+            ray.init(address=recipe.ray_address, log_to_driver=False)
+        else:
+            from rlpost.workers.orphans import ended_with_this_process
+
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            cleanup.enter_context(ended_with_this_process())
+        cleanup.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()

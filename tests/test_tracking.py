@@ -566,6 +566,7 @@ def full_record() -> StepRecord:
         report=StepReport(grad_norm=1.0, tally=tally),
         groups=(Group("math", 7), Group("code", 5)),
         seconds=2.0,
+        evaluating_s=0.0,
         waited_s=0.5,
         buffer={"in_flight": 1, "buffered": 2, "admitted": 9, "trained": 4, "filtered": 1, "failed": 1},
         export=Export(version=8, handle=None, num_bytes=100, unchanged_fraction=0.9),

@@ -35,6 +35,7 @@ from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Fleet, Limits
+from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.pipeline.step_metrics import StepRecord, step_metrics
@@ -127,6 +128,7 @@ class Controller:
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
+        self._evaluating = Ledger("train", clock)
         self._refills = 0
         self._last_export: Export | None = None
         self._publish_s = 0.0
@@ -241,28 +243,39 @@ class Controller:
     # -- train loop ----------------------------------------------------------------------------------------------------
 
     async def _train_loop(self) -> None:
-        start_stage, resumed_stage = self.buffer.stage_of(self.buffer.step), await self._load()
-        for index in range(start_stage, len(self.stages)):
-            stage = self.stages[index]
-            if index != resumed_stage:
+        resumed_stage = await self._load()
+        start, end = self.buffer.step, 0
+        for index, stage in enumerate(self.stages):
+            first_step, end = end, end + stage.plan.num_steps
+            resumed = index == resumed_stage
+            if end <= start and not resumed:
+                continue
+            if not resumed:
                 await self._begin(index)
-            if index == start_stage:
+            if self._last_export is None:
                 await self._publish()
-                self._evaluate("start" if self._load_from is None else "resume")
+                if start < end:
+                    self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
-            first_step = sum(before.plan.num_steps for before in self.stages[:index])
-            while self.buffer.step < first_step + stage.plan.num_steps:
+            while self.buffer.step < end:
                 await self._train_step(stage, self.buffer.step - first_step)
             if not stage.sampled:
                 await self._publish()
+            # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
+            if start < end:
+                await self._checkpoint()
             self._evaluate(stage.name)
-            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
             await self.checkpoints.export(stage.name, self.workers.learner)
             self._event("stage_end", stage=stage.name, step=self.buffer.step)
         if self._publishing is not None:
             await self._publishing
         await asyncio.gather(*self._evals)
         self._bell.ring()
+
+    async def _checkpoint(self) -> None:
+        """Write one; it vouches for everything before it, so evaluations of earlier versions end first."""
+        await asyncio.gather(*self._evals)
+        await self.checkpoints.write(self.buffer.position(), self.workers.learner)
 
     async def _begin(self, stage_index: int) -> None:
         await self._learn("begin_stage", self.workers.learner.begin_stage(self.stages[stage_index].spec))
@@ -315,6 +328,7 @@ class Controller:
             groups=tuple(groups),
             seconds=self._clock() - started,
             waited_s=waited_s,
+            evaluating_s=self._evaluating.collect().get("evaluate", 0.0),
             buffer=dict(self.buffer.snapshot()),
             export=self._last_export if stage.sampled else None,
             publish_s=self._publish_s,
@@ -323,7 +337,7 @@ class Controller:
         self.tracker.log("step", step_metrics(record))
         await self._log_rollouts(stage, groups)
         if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
-            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+            await self._checkpoint()
 
     async def _step(self, *, denominator: float, lr: float) -> StepReport:
         """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
@@ -373,9 +387,13 @@ class Controller:
         if published is not None:
             await published
         async with self._holding:
-            for eval_set in self.eval_sets:
-                result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
-                self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
+            with self._evaluating.state("evaluate"):
+                await self._judge_sets(when, version)
+
+    async def _judge_sets(self, when: str, version: int) -> None:
+        for eval_set in self.eval_sets:
+            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
+            self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
 
     async def _learn(self, phase: str, call: Any) -> Any:
         return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)

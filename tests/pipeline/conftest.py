@@ -52,17 +52,18 @@ class MemoryTracker:
 
 @dataclass
 class DirectoryCheckpoints:
-    """Saves the learner like the real ones, without manifest or export."""
+    """Saves the learner like the real ones, without manifest; of exports it keeps the names."""
 
     root: Path
     written: list[Position] = field(default_factory=list)
+    exported: list[str] = field(default_factory=list)
 
     async def write(self, position: Position, learner: Any) -> None:
         await learner.save(self.path(position.step))
         self.written.append(position)
 
     async def export(self, stage: str, learner: Any) -> None:
-        pass
+        self.exported.append(stage)
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"

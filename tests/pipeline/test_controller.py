@@ -18,6 +18,7 @@ from rlpost.core.weights import checksum
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
@@ -148,6 +149,37 @@ def test_n_steps_then_resume_then_n_equals_2n_bit_for_bit(make_run: MakeRun, sta
     resumed = make_run(stages, start=middle, load_from=whole.checkpoints.path(3)).start()
     assert resumed.losses() == whole.losses()[3:]
     assert resumed.digest == whole.digest
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_killed_between_a_stages_checkpoint_and_its_end_is_judged_and_exported_on_resume(
+    make_run: MakeRun, step: int
+) -> None:
+    sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
+    stages = [make_stage("a", staleness=None, steps=3), make_stage("b", staleness=0, steps=2)]
+    whole = make_run(stages, eval_sets=sets).start()
+    position = next(p for p in whole.checkpoints.written if p.step == step)
+    resumed = make_run(stages, eval_sets=sets, start=position, load_from=whole.checkpoints.path(step)).start()
+    whole_evals = [row for row in whole.tracker.of("eval") if row["step"] >= step]
+    assert resumed.tracker.of("eval") == whole_evals
+    assert [row["when"] for row in whole_evals] == (["a", "b"] if step == 3 else ["b"])
+    assert resumed.checkpoints.exported == [row["when"] for row in whole_evals]
+    assert resumed.digest == whole.digest
+
+
+def test_a_checkpoint_waits_for_the_evaluations_of_earlier_versions(make_run: MakeRun) -> None:
+    sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
+    run = make_run([make_stage("a", staleness=2, steps=2), make_stage("b", staleness=2, steps=2)], eval_sets=sets)
+    judged_at_write: list[tuple[int, list[str]]] = []
+    write = run.checkpoints.write
+
+    async def spy(position: Position, learner: Any) -> None:
+        judged_at_write.append((position.step, [row["when"] for row in run.tracker.of("eval")]))
+        await write(position, learner)
+
+    run.checkpoints.write = spy  # type: ignore[method-assign]
+    run.start()
+    assert judged_at_write == [(2, ["start"]), (4, ["start", "a"])]
 
 
 def test_an_asynchronous_resume_trains_the_prompts_the_whole_run_trains(make_run: MakeRun) -> None:
