@@ -534,7 +534,7 @@ class Group:
 
 
 def full_record() -> StepRecord:
-    """A step with everything that can be measured: two tasks, two ages, a reference, a publish."""
+    """A step with everything that can be measured: two tasks, two ages, a reference, pairs, a publish."""
     tally = Tally(maxima={"gap": 0.5, "ratio": 1.5, "age": 3.0})
     names = (
         "loss",
@@ -543,9 +543,17 @@ def full_record() -> StepRecord:
         "kl_k3",
         "gap",
         "ratio_out",
+        "clipped",
         "clipped_low",
-        "clipped_high",
-        "truncated_weight",
+        "clipped_dual",
+        "weight_truncated",
+        "weight_masked",
+        "pairs",
+        "pairs_skipped",
+        "pairs_right",
+        "margin",
+        "chosen_logprob",
+        "rejected_logprob",
     )
     tally.add(tokens=16.0, **dict.fromkeys(names, 1.0))
     tally.add(**{f"{name}_age_{age}": 4.0 for name in ("tokens", "gap") for age in range(4)})

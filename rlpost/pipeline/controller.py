@@ -27,10 +27,9 @@ from typing import Any, Protocol
 
 import torch
 
-from rlpost.core.advantages import group_advantages
-from rlpost.core.losses import denominator
 from rlpost.core.metrics import StepReport
-from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.core.objective import StageSpec, credit, step_denominator
+from rlpost.core.preference import Preference
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
@@ -161,7 +160,7 @@ class Controller:
             if stage.sampled:
                 self._tasks.create_task(self._run_group(ticket, stage, prompt))
             else:
-                self._put_demonstration(ticket, prompt)
+                self._put_given(ticket, stage, prompt)
 
     async def _run_group(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
         """Sample and judge one group; the one place where failures become data."""
@@ -185,10 +184,7 @@ class Controller:
         if broken:
             self._fail(ticket, prompt, "verifier_error", broken[0].detail)
             return
-        objective = stage.spec.objective
-        assert isinstance(objective, PolicyGradient)
-        rewards_G = torch.tensor([j.reward for j in judgements], dtype=torch.float64)
-        advantages_G = tuple(group_advantages(rewards_G, normalize_std=objective.normalize_std).tolist())
+        advantages_G = credit(stage.spec.objective, [j.reward for j in judgements], summary.finish_reasons_G)
         if stage.refill and not any(advantages_G):
             self._filter(ticket, stage)
             return
@@ -203,15 +199,18 @@ class Controller:
         self.buffer.put(ticket, finished, oldest_version=summary.oldest_version)
         self._bell.ring()
 
-    def _put_demonstration(self, ticket: Ticket, prompt: Prompt) -> None:
-        group = RolloutGroup(prompt=prompt, rollouts=(demonstration(prompt),))
+    def _put_given(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
+        """A group that no policy sampled: a demonstration, or a pair of one and a worse response."""
+        pair = isinstance(stage.spec.objective, Preference)
+        responses = (prompt.demonstration_ids, prompt.rejected_ids) if pair else (prompt.demonstration_ids,)
+        group = RolloutGroup(prompt=prompt, rollouts=tuple(given_rollout(prompt, ids) for ids in responses))
         finished = Finished(
             ticket=ticket,
             prompt=prompt,
             handle=self.workers.put(group),
             summary=summarize(group),
             judgements=(),
-            advantages_G=(1.0,),
+            advantages_G=(1.0, -1.0) if pair else (1.0,),
         )
         self.buffer.put(ticket, finished, oldest_version=None)
         self._bell.ring()
@@ -355,11 +354,10 @@ class Controller:
 
     @staticmethod
     def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:
-        lengths = [length for group in groups for length in group.summary.num_tokens_G]
-        return denominator(
-            sum(lengths),
-            len(lengths),
-            aggregation=stage.spec.objective.aggregation,
+        return step_denominator(
+            stage.spec.objective,
+            [group.summary for group in groups],
+            [group.advantages_G for group in groups],
             max_response_tokens=stage.max_response_tokens,
         )
 
@@ -433,18 +431,18 @@ class Controller:
         self.tracker.log("event", {"event": name, **details})
 
 
-def demonstration(prompt: Prompt) -> Rollout:
-    """A demonstration as a rollout no policy sampled: trained like one, with nothing to correct for.
+def given_rollout(prompt: Prompt, response_ids: tuple[int, ...] | None) -> Rollout:
+    """A response of the data set as a rollout no policy sampled: trained like one, with nothing to correct for.
 
     Raises:
         ValueError: when the prompt has none.
     """
-    if prompt.demonstration_ids is None:
-        raise ValueError(f"prompt {prompt.id} has no demonstration: a supervised stage needs a source that has them")
-    num_response = len(prompt.demonstration_ids)
+    if response_ids is None:
+        raise ValueError(f"prompt {prompt.id} lacks a response to learn from: this stage needs a source that has them")
+    num_response = len(response_ids)
     num_prompt = len(prompt.token_ids)
     return Rollout(
-        token_ids=torch.tensor([*prompt.token_ids, *prompt.demonstration_ids]),
+        token_ids=torch.tensor([*prompt.token_ids, *response_ids]),
         loss_mask=torch.tensor([False] * num_prompt + [True] * num_response),
         sampler_logprobs=torch.zeros(num_prompt + num_response),
         spans=(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
-from rlpost.core.metrics import StepReport, policy_metrics
+from rlpost.core.metrics import StepReport, policy_metrics, preference_metrics
 from rlpost.pipeline.ports import Export
 from rlpost.types import GroupSummary, Judgement, Prompt
 
@@ -70,6 +70,9 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
         **{f"queue/{name}": count for name, count in record.buffer.items()},
         **_worker_times(record.worker_seconds),
     }
+    if "pairs" in tally.sums:
+        row |= preference_metrics(tally)
+        row["actor/pg_loss"] = row["preference/loss"]
     if record.sampled:
         row |= _rollout_metrics(record)
         row |= policy_metrics(tally)
