@@ -103,8 +103,8 @@ class DatasetData(FileData):
     task: Literal["math", "code"]
     answer: str | None = None
     """math: the column with the gold answer."""
-    answer_after: str | None = None
-    """math: keep only what follows this marker in the answer column ("####" in GSM8K)."""
+    answer_after: str = ""
+    """math: keep only what follows this marker in the answer column ("####" in GSM8K); empty keeps all."""
     tests: str | None = None
     """code: the column with the list of assert statements."""
     setup: str | None = None

@@ -173,7 +173,7 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     if config.task == "math":
         assert config.answer is not None
         answer = str(row[config.answer])
-        if config.answer_after is not None:
+        if config.answer_after:
             answer = answer.rpartition(config.answer_after)[2]
         return {"answer": answer.strip()}
     assert config.tests is not None
