@@ -48,9 +48,9 @@ class _ProgramFailedError(Exception):
     """The program did not get as far as its tests."""
 
 
-def quick(response: str, reference: Mapping[str, Any]) -> Verdict | Question:
-    """NO_ANSWER where there is no program, else the question for `judge`."""
-    plan = plan_reference(reference)
+def quick(response: str, reference: Mapping[str, Any], *, compare_in_parent: bool = True) -> Verdict | Question:
+    """NO_ANSWER where there is no program, else the question for `judge`; see `plan_reference` for the flag."""
+    plan = plan_reference(reference, compare_in_parent=compare_in_parent)
     found = extract_program(response)
     if found is None:
         return _verdict(_Findings(outcome=Outcome.NO_ANSWER, detail="no program"), plan)

@@ -85,8 +85,12 @@ def extract_program(response: str) -> tuple[str, bool] | None:
     return (program, bool(blocks)) if program.strip() and len(program) <= MAX_PROGRAM_CHARS else None
 
 
-def plan_reference(reference: Mapping[str, Any]) -> TestPlan:
-    """The plan of a problem, cached by content. Raise ValueError naming what is wrong with the reference."""
+def plan_reference(reference: Mapping[str, Any], *, compare_in_parent: bool = True) -> TestPlan:
+    """The plan of a problem, cached by content. Raise ValueError naming what is wrong with the reference.
+
+    Args:
+        compare_in_parent: False sends literal assertions to the judge as well: a second path to the same verdict.
+    """
     tests = reference.get("tests")
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise ValueError(f"reference['tests'] must be a list with at least one test, got {str(tests)[:80]!r}")
@@ -103,11 +107,13 @@ def plan_reference(reference: Mapping[str, Any]) -> TestPlan:
     for index, test in enumerate(tests):
         if not isinstance(test, str):
             raise ValueError(f"reference['tests'][{index}] must be a Python snippet, got {type(test).__name__}")
-    return _plan(tuple(tests), setup, prelude, reference.get("entry_point"))
+    return _plan(tuple(tests), setup, prelude, reference.get("entry_point"), compare_in_parent)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(tests: tuple[str, ...], setup: str, prelude: str, entry_point: str | None) -> TestPlan:
+def _plan(
+    tests: tuple[str, ...], setup: str, prelude: str, entry_point: str | None, compare_in_parent: bool
+) -> TestPlan:
     trees = [_parse(test, f"reference['tests'][{index}]") for index, test in enumerate(tests)]
     # The entry point is the candidate's even where it is named like a builtin or a module.
     standard = sys.stdlib_module_names - {entry_point}
@@ -128,9 +134,8 @@ def _plan(tests: tuple[str, ...], setup: str, prelude: str, entry_point: str | N
     free = used - known
     modules = free & standard
     remote = free - modules
-    if not judge_setup.strip() or all(
-        isinstance(node, ast.Import | ast.ImportFrom) for node in _parse(judge_setup, "").body
-    ):
+    only_imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in _parse(judge_setup, "").body)
+    if compare_in_parent and only_imports:
         cases = [_cases(tree, remote) for tree in trees]
         if all(case is not None for case in cases):
             imports = "".join(f"import {name}\n" for name in sorted(modules)) + judge_setup

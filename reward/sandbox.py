@@ -51,15 +51,25 @@ class Tier(enum.StrEnum):
     NAMESPACE = "namespace"
     """Own pid, net, mount, ipc and uts namespaces (and user namespace unless root), a root with nothing but the
     interpreter, no /proc, no capability, seccomp, limits."""
+    LANDLOCK = "landlock"
+    """Landlock, seccomp, limits: nothing of the host can be opened but the interpreter; names of files can be guessed."""
     RLIMITS_ONLY = "rlimits-only"
-    """A session, limits, and seccomp where this machine is known; the host's files stay readable."""
+    """Limits, and seccomp where this machine is known; the host's files stay readable."""
 
 
 TIERS: tuple[Tier, ...] = tuple(Tier)
+REMEDY = (
+    "Allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; in a"
+    " container, its seccomp and AppArmor profiles must let unshare and mount through), or use Linux 6.2 or newer with Landlock"
+)
 
 
 class SandboxError(RuntimeError):
     """The sandbox itself failed; says nothing about what ran in it."""
+
+
+class TierError(RuntimeError):
+    """This machine cannot isolate a run as strongly as was asked; names what it can do, why not more, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +89,13 @@ class ForkServer:
     Args:
         kind: what its children do: the module of that name in reward.child.
         tier: the isolation to build; None is the strongest that works here.
+        max_runs: after so many runs the next one starts a fresh server.
     """
 
-    def __init__(self, kind: Kind, tier: Tier | None = None) -> None:
+    def __init__(self, kind: Kind, tier: Tier | None = None, *, max_runs: int = 2000) -> None:
         self.kind = kind
         self._tier = tier
+        self._max_runs, self._num_runs = max_runs, 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._tmp: str | None = None
@@ -100,7 +112,6 @@ class ForkServer:
         try:
             if tier is not Tier.NAMESPACE:
                 self._tmp = tempfile.mkdtemp(prefix="reward-")
-                os.chmod(self._tmp, 0o777)
             path = _library_path() if self.kind == "algebra" else []
             readable = _readable((*_standard_paths(), *path))
             config = {"kind": self.kind, "tier": tier.value, "readable": readable, "path": path}
@@ -124,8 +135,10 @@ class ForkServer:
         Raises:
             SandboxError: the child could not be started; the next run starts a new server.
         """
+        if self._num_runs >= self._max_runs:
+            self.close()
         self.start()
-        assert self._control is not None
+        self._num_runs += 1
         ours, theirs = socket.socketpair()
         try:
             self._ask_for_run(limits, ours, theirs, extra)
@@ -140,6 +153,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server and everything it started, and reap it. Safe to call twice."""
+        self._num_runs = 0
         if self._process is not None and self._owner != os.getpid():
             # In a fork of the owner: what is the owner's to end stays, and `returncode` keeps Popen from warning.
             self._process.returncode = 0
@@ -196,6 +210,31 @@ class ForkServer:
         if "error" in reply:
             raise SandboxError(reply["error"])
         return reply
+
+
+def choose_tier(least: Tier, *, unsafe_allow_rlimits_only: bool = False) -> Tier:
+    """The strongest tier that works on this machine.
+
+    Args:
+        least: NAMESPACE or LANDLOCK.
+        unsafe_allow_rlimits_only: take whatever there is: model-written code can then read this machine's files.
+
+    Raises:
+        ValueError: `least` is RLIMITS_ONLY, which only the unsafe flag admits.
+        TierError: the machine offers less than was asked.
+    """
+    if least is Tier.RLIMITS_ONLY:
+        raise ValueError(
+            f"min_tier must be one of {[str(tier) for tier in TIERS[:-1]]}; tier {least} needs the unsafe flag"
+        )
+    found = probe()
+    if unsafe_allow_rlimits_only or TIERS.index(found) <= TIERS.index(least):
+        return found
+    reasons = "; ".join(f"{tier}: {why_not(tier)}" for tier in TIERS[: TIERS.index(found)])
+    raise TierError(
+        f"runs need isolation of tier {least} or stronger, and this machine offers {found} ({reasons}). {REMEDY}, or"
+        + (" set min_tier to landlock" if found is Tier.LANDLOCK else " accept the risk with unsafe_allow_rlimits_only")
+    )
 
 
 @functools.cache

@@ -150,10 +150,29 @@ class LearnerConfig(_Table):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class VerifierConfig(_Table):
+class MathVerifierConfig(_Table):
     workers: Positive = 1
-    """Child processes that run verifiers."""
-    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+    """Responses judged at a time, each in a child process of its own."""
+    deadline_s: Annotated[float, Field(gt=0)] = 1.0
+    """Wall-clock seconds of one response."""
+    runs_per_server: Positive = 2000
+    """Runs after which a fork server is replaced by a fresh one."""
+
+
+class CodeVerifierConfig(MathVerifierConfig):
+    deadline_s: Annotated[float, Field(gt=0)] = 10.0
+    """Wall-clock seconds of one response, for all its tests together."""
+
+
+class VerifierConfig(_Table):
+    math: MathVerifierConfig = MathVerifierConfig()
+    code: CodeVerifierConfig = CodeVerifierConfig()
+    min_tier: Literal["namespace", "landlock"] = "landlock"
+    """The least isolation to run model-written code in; a machine that offers less stops the run. See docs/verifiers.md."""
+    unsafe_allow_rlimits_only: bool = False
+    """Run it even where it can read this machine's files."""
+    regrade_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of responses that a second, independent path judges as well; verifier/<task>/disagreement reports the rest."""
 
 
 class TrackingConfig(_Table):
@@ -387,5 +406,5 @@ def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
 
 _TABLES = (
     Recipe, StageConfig, EvalConfig, GRPO, SFT, ModelConfig, BuildConfig, GeneratedData, DatasetData, SamplerConfig,
-    LearnerConfig, OptimizerConfig, VerifierConfig, TrackingConfig, DeadlineConfig,
+    LearnerConfig, OptimizerConfig, VerifierConfig, CodeVerifierConfig, TrackingConfig, DeadlineConfig,
 )  # fmt: skip

@@ -278,21 +278,16 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
 
 def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
     config = recipe.data[name]
-    verifier = recipe.verifier
     if isinstance(config, GeneratedData):
         # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
         seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
         evals = [item.num_prompts for item in recipe.eval if item.data == name]
         stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if stage.data == name]
         prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
-        check_golds(
-            prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, deadline_s=verifier.deadline_s, workers=verifier.workers
-        )
+        check_golds(prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, verifier=recipe.verifier)
         return prompts
     prompts = load_dataset_prompts(config, tokenizer)
-    return check_golds(
-        prompts, max_rejected=config.max_rejected_golds, deadline_s=verifier.deadline_s, workers=verifier.workers
-    )
+    return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
 
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:

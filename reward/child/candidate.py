@@ -129,7 +129,8 @@ def describe(error: BaseException) -> str:
 
 
 def _redirect_stdio(stdin: str, output: socket.socket) -> None:
-    source = os.memfd_create("stdin")
+    # A file without a name in the scratch folder: the program can seek in it, as in a redirected file.
+    source = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
     data = memoryview(stdin.encode())
     while data:
         data = data[os.write(source, data) :]

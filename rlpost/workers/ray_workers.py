@@ -75,24 +75,22 @@ class _VerifierProcess:
         enter_worker(log_path)
         from reward import RewardPool
 
-        self._pool = RewardPool(num_workers=config.workers, deadline_s=config.deadline_s)
-        self._threads = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="judge")
+        self._pool = RewardPool.from_table(config.model_dump())
         self._ledger = Ledger(WAIT)
         self._num_judging = 0
 
     async def judge(self, packed: PackedGroup) -> tuple[Judgement, ...]:
-        items = [(packed.prompt.task, text, packed.prompt.reference) for text in packed.texts_G]
+        prompt = packed.prompt
         self._num_judging += 1
         self._ledger.enter("judge")
         try:
-            verdicts = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.score_many, items)
+            submitted = [self._pool.submit(prompt.task, text, prompt.reference) for text in packed.texts_G]
+            verdicts = await asyncio.gather(*map(asyncio.wrap_future, submitted))
         finally:
             self._num_judging -= 1
             if not self._num_judging:
                 self._ledger.enter(WAIT)
-        return tuple(
-            Judgement(reward=v.reward, outcome=v.outcome.value, parts=dict(v.parts), detail=v.detail) for v in verdicts
-        )
+        return tuple(Judgement(**{**dataclasses.asdict(v), "outcome": v.outcome.value}) for v in verdicts)
 
     async def seconds(self) -> Seconds:
         return self._ledger.collect()

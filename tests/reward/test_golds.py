@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from reward import Outcome, RewardPool, gold_response
+from reward import Outcome, RewardPool, TaskLimits, gold_response
 from reward.mathematics import quick
 
 pytestmark = pytest.mark.data
@@ -51,5 +51,5 @@ def test_reference_solutions_are_accepted(data_dir: Path, name: str, count: int)
     records = read(data_dir, name)
     assert len(records) == count
     # mbpp/123 and a few others compute for seconds.
-    with RewardPool(num_workers=2, deadline_s=60.0) as pool:
+    with RewardPool(code=TaskLimits(workers=2, deadline_s=60.0)) as pool:
         assert rejected(pool, "code", records) == {}

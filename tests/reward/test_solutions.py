@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reward import Outcome, RewardPool
-from reward.sandbox import TIERS, Tier, probe
+from reward import Outcome, RewardPool, TaskLimits
 
 SQUARES = {"tests": ["assert f(2) == 4", "assert f([1, 2]) == [1, 4]", "assert f(-3) == 9"]}
 STYLES = {
@@ -118,27 +116,10 @@ def test_a_pool_serves_many_threads_and_keeps_order() -> None:
         ("code", fenced(f"def f(x): return {i}"), {"tests": [f"assert f(0) == {i % 3}"]}) for i in range(30)
     ]
     items[7] = ("math", r"\boxed{7}", {"answer": "7"})
-    with RewardPool(num_workers=2) as pool, ThreadPoolExecutor(4) as threads:
+    with RewardPool(code=TaskLimits(workers=2, deadline_s=10.0)) as pool, ThreadPoolExecutor(4) as threads:
         runs = list(threads.map(pool.score_many, [items] * 3))
     expected = [float(i < 3 or i == 7) for i in range(30)]
     assert [[verdict.reward for verdict in run] for run in runs] == [expected] * 3
-
-
-def test_the_tier_is_named() -> None:
-    assert probe() in TIERS
-    assert [str(tier) for tier in TIERS] == ["namespace", "rlimits-only"]
-
-
-def test_the_weakest_tier_judges_alike_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reward.sandbox.probe", lambda: Tier.RLIMITS_ONLY)
-    with RewardPool(deadline_s=5.0) as pool:
-        assert pool.score("code", fenced(STYLES["own files"]), SQUARES).outcome is Outcome.CORRECT
-        assert pool.score("math", r"\boxed{\sqrt{12}}", {"answer": r"2\sqrt{3}"}).outcome is Outcome.CORRECT
-        escape = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(987)\n    os._exit(0)\ndef f(x): return 0"
-        assert pool.score("code", fenced(escape), SQUARES).outcome is Outcome.WRONG
-        folder = pool._workers[0]._candidate._tmp
-        assert folder is not None and os.listdir(folder) == []
-    assert not Path(folder).exists()
 
 
 def test_a_file_of_responses_is_scored_from_the_command_line(tmp_path: Path) -> None:
