@@ -1,11 +1,13 @@
-"""Code responses: where the program is, and how each test is put to it without showing it what is expected.
+"""How each test of a problem is put to a program without showing it what is expected.
 
-Three ways, chosen from the (trusted) source of a problem's tests alone:
+Four ways, chosen from the (trusted) tests alone:
 
 - literal: `assert f(2) == 4` and its like. The candidate's process evaluates `f(2)`; the parent compares the value.
 - judged: any other shape. The test runs whole in a clean process (child/judge.py) in which the names that only the
   candidate defines are proxies; the values come from the candidate's process, all else from the judge's own.
-- stdio: {"input", "output"}. The program is a script; the parent compares what it wrote.
+- call: {"input", "output"} and an entry point, `f` or `Class.method`. The input has one JSON value a line, which are the
+  arguments; the parent compares the returned value with the output, a JSON value. A class is made anew for each test.
+- stdio: {"input", "output"} and no entry point. The program is a script; the parent compares what it wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import ast
 import builtins
 import functools
 import json
-import re
 import symtable
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward.child import wire
+from reward.comparison import FLOAT_TOLERANCE
+from reward.suspicion import squeeze
 
-MAX_PROGRAM_CHARS = 60_000
-_PYTHON_TAGS = ("python", "py", "python3", "python3.11", "")
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w.+#-]*)[^\n]*$", re.MULTILINE)
+MAX_STDIN_CHARS = 1_000_000
+STARTER_NAMES = """
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import cache, cmp_to_key, lru_cache, reduce
+from heapq import heapify, heappop, heappush, heappushpop, heapreplace, nlargest, nsmallest
+from itertools import accumulate, chain, combinations, count, groupby, pairwise, permutations, product, zip_longest
+from math import ceil, comb, floor, gcd, inf, isqrt, lcm, log2, sqrt
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+"""
+"""What programs for call tests may use without importing it: starter code names types and helpers it does not import."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonValue:
+    """An expected value of a call test; floats are compared within the tolerance."""
+
+    value: Any
+    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +53,9 @@ class Case:
     """One question to the candidate and what the parent expects: equality with a value, or truth."""
 
     source: str
-    """An expression that only calls the candidate's names; no part of the expected value is in it."""
+    """What is asked, for a person: only calls of the candidate's names; no part of the expected value is in it."""
     request: bytes
-    expected: str | bool
+    expected: str | bool | JsonValue
     """`wire.canonical` of the expected value, or the truth that a bare `assert f(x)` or `assert not f(x)` asks for."""
 
 
@@ -48,6 +68,12 @@ class TestPlan:
     snippets: tuple[str, ...] = ()
     scripts: tuple[tuple[str, str], ...] = ()
     """For each test, standard input and expected standard output."""
+    tolerance: float | None = None
+    """Of `scripts`; see `comparison.same_output`."""
+    expected_texts: tuple[str, ...] = ()
+    """Expected values as a program would spell them, squeezed; see `suspicion.flags`."""
+    provided: str = ""
+    """Source that runs in the candidate's process before the program."""
     prelude: str = ""
     candidate_setup: str = ""
     judge_setup: str = ""
@@ -57,32 +83,6 @@ class TestPlan:
     @property
     def num_tests(self) -> int:
         return len(self.cases) + len(self.snippets) + len(self.scripts)
-
-
-def extract_program(response: str) -> tuple[str, bool] | None:
-    """The program of a response and whether it stood in a fence; None if there is none.
-
-    The last fenced block that is Python by its tag or has no tag, else the last of any tag, after the thinking part. A
-    fence that is never closed runs to the end. Without a fence, the whole text: whether it is Python the child will say.
-    """
-    before, end, after = response.rpartition("</think>")
-    if not end and "<think>" in response:
-        return None
-    text = after if end else before + after
-    blocks: list[tuple[str, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(text):
-        if opening is None:
-            opening = fence
-        elif fence[1].startswith(opening[1]) and not fence[2]:
-            blocks.append((opening[2].lower(), text[opening.end() + 1 : fence.start()]))
-            opening = None
-    if opening is not None:
-        blocks.append((opening[2].lower(), text[opening.end() + 1 :]))
-    tagged = [body for tag, body in blocks if tag and tag in _PYTHON_TAGS]
-    untagged = [body for tag, body in blocks if not tag]
-    program = (tagged or untagged or [body for _, body in blocks] or [text])[-1]
-    return (program, bool(blocks)) if program.strip() and len(program) <= MAX_PROGRAM_CHARS else None
 
 
 def plan_reference(reference: Mapping[str, Any], *, compare_in_parent: bool = True) -> TestPlan:
@@ -100,14 +100,58 @@ def plan_reference(reference: Mapping[str, Any], *, compare_in_parent: bool = Tr
             raise ValueError(f"reference[{name!r}] must be Python source, got {type(source).__name__}")
         _parse(source, f"reference[{name!r}]")
     if all(isinstance(test, Mapping) for test in tests):
-        for index, test in enumerate(tests):
-            if not (isinstance(test.get("input"), str) and isinstance(test.get("output"), str)):
-                raise ValueError(f"reference['tests'][{index}] must have texts 'input' and 'output'")
-        return TestPlan(scripts=tuple((test["input"], test["output"]) for test in tests))
+        return _plan_inputs(
+            tuple((test.get("input"), test.get("output")) for test in tests),
+            reference.get("entry_point"),
+            reference.get("float_tolerance"),
+        )
     for index, test in enumerate(tests):
         if not isinstance(test, str):
             raise ValueError(f"reference['tests'][{index}] must be a Python snippet, got {type(test).__name__}")
     return _plan(tuple(tests), setup, prelude, reference.get("entry_point"), compare_in_parent)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_inputs(tests: tuple[tuple[str, str], ...], entry_point: str | None, tolerance: float | None) -> TestPlan:
+    for index, (given, output) in enumerate(tests):
+        if not (isinstance(given, str) and isinstance(output, str)):
+            raise ValueError(f"reference['tests'][{index}] must have texts 'input' and 'output'")
+        if len(given) > MAX_STDIN_CHARS:
+            raise ValueError(
+                f"reference['tests'][{index}] has {len(given)} characters of input; limit {MAX_STDIN_CHARS}"
+            )
+    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
+        raise ValueError(f"reference['float_tolerance'] must be a number in [0, 1), got {tolerance!r}")
+    texts = tuple(squeeze(output) for _, output in tests)
+    if not entry_point:
+        return TestPlan(scripts=tests, tolerance=tolerance, expected_texts=texts)
+    if not all(name.isidentifier() for name in entry_point.split(".")) or entry_point.count(".") > 1:
+        raise ValueError(f"reference['entry_point'] must be a function or Class.method, got {entry_point!r}")
+    cases = tuple(
+        (_call(given, output, entry_point, FLOAT_TOLERANCE if tolerance is None else tolerance, index),)
+        for index, (given, output) in enumerate(tests)
+    )
+    return TestPlan(cases=cases, provided=STARTER_NAMES, expected_texts=texts)
+
+
+def _call(given: str, output: str, entry_point: str, tolerance: float, index: int) -> Case:
+    where = f"reference['tests'][{index}]"
+    arguments = [_json(line, f"{where}['input']") for line in given.splitlines() if line.strip()]
+    trees = [wire.encode(argument, _no_handle) for argument in arguments]
+    owner, _, name = entry_point.rpartition(".")
+    request = ["method", owner, name, trees] if owner else ["call", name, trees, {}]
+    source = f"{entry_point}({', '.join(map(repr, arguments))})"
+    return Case(source, json.dumps(request).encode(), JsonValue(_json(output, f"{where}['output']"), tolerance))
+
+
+def _json(text: str, where: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} equals nothing")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not one JSON value: {error}: {text[:80]!r}") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,9 +183,19 @@ def _plan(
         cases = [_cases(tree, remote) for tree in trees]
         if all(case is not None for case in cases):
             imports = "".join(f"import {name}\n" for name in sorted(modules)) + judge_setup
-            return TestPlan(cases=tuple(case for case in cases if case), candidate_setup=imports + candidate_setup)
+            return TestPlan(
+                cases=tuple(case for case in cases if case),
+                candidate_setup=imports + candidate_setup,
+                expected_texts=_literals(trees),
+            )
+    if candidate_setup and compare_in_parent:
+        raise ValueError(
+            f"reference['setup'] uses names that only a program defines ({sorted(free_setup)}), so it runs in the program's"
+            " process; the tests must then be `assert call == literal`, whose right side it cannot touch"
+        )
     return TestPlan(
         snippets=tests,
+        expected_texts=_literals(trees),
         prelude=prelude,
         candidate_setup=candidate_setup,
         judge_setup=judge_setup,
@@ -207,6 +261,19 @@ def _asks_only(call: ast.expr, remote: set[str]) -> bool:
     forbidden = ast.Compare | ast.Lambda | ast.NamedExpr | ast.Await | ast.BoolOp
     has_forbidden = any(isinstance(node, forbidden) for node in ast.walk(call))
     return isinstance(function, ast.Name) and function.id in remote and not has_forbidden
+
+
+def _literals(trees: Sequence[ast.Module]) -> tuple[str, ...]:
+    """What the tests compare with, where it is a literal, as a program would spell it."""
+    sides = [
+        side
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+    ]
+    kinds = ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.Set | ast.UnaryOp
+    return tuple(squeeze(ast.unparse(side)) for side in sides if isinstance(side, kinds))
 
 
 class _Renamer(ast.NodeTransformer):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import glob
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,21 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reward.child import scratch
+
 Kind = Literal["candidate", "judge", "algebra"]
 TMP_BYTES = 64 * 2**20
 _START_S = 60.0
 _CONTROL_S = 15.0
 _PACKAGE = Path(__file__).parent
-_LIBRARIES = (
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/usr/share/zoneinfo",
-    "/etc/ld.so.cache",
-    "/nix/store",
-)
+_LIBRARIES = ("/lib64", "/usr/lib64", "/nix/store", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+# Installed packages: other people's code, and this machine's data with it.
+_HIDDEN = ("/usr/lib*/python*/dist-packages", "/usr/lib*/python*/site-packages")
 # Registers `reward` as a bare package, so that the server imports its own few modules and not this side of it.
 _BOOT = """
 import sys, types
@@ -115,6 +110,7 @@ class ForkServer:
             path = _library_path() if self.kind == "algebra" else []
             readable = _readable((*_standard_paths(), *path))
             config = {"kind": self.kind, "tier": tier.value, "readable": readable, "path": path}
+            config |= {"hidden": [folder for folder in _hidden_paths() if folder not in path]}
             config |= {"tmp": self._tmp, "tmp_bytes": TMP_BYTES}
             self._process = _spawn(config, theirs)
             theirs.close()
@@ -169,7 +165,8 @@ class ForkServer:
                 self._process.wait()
             self._process = None
         if self._tmp is not None:
-            shutil.rmtree(self._tmp)
+            scratch.empty(self._tmp)
+            os.rmdir(self._tmp)
             self._tmp = None
 
     def _ask_for_run(
@@ -277,7 +274,17 @@ def _spawn(config: dict[str, Any], control: socket.socket) -> subprocess.Popen[b
 
 def _standard_paths() -> tuple[str, ...]:
     """What an interpreter reads: shared libraries, the standard library, this package's child side."""
-    return (*_LIBRARIES, sysconfig.get_path("stdlib"), os.path.join(sys.base_prefix, "lib"), str(_PACKAGE / "child"))
+    multiarch = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH') or '?'}"
+    system = [multiarch, multiarch.removeprefix("/usr")] if os.path.isdir(multiarch) else ["/usr/lib", "/lib"]
+    own = glob.glob(os.path.join(glob.escape(sys.base_prefix), "lib", "*.so*"))
+    return (*_LIBRARIES, *system, *own, sysconfig.get_path("stdlib"), str(_PACKAGE / "child"))
+
+
+def _hidden_paths() -> list[str]:
+    """Folders below the standard paths that a run has no use for."""
+    stdlib = glob.escape(sysconfig.get_path("stdlib"))
+    patterns = (*_HIDDEN, f"{stdlib}/site-packages", f"{stdlib}/test")
+    return [path for pattern in patterns for path in glob.glob(pattern) if os.path.isdir(path)]
 
 
 def _readable(paths: tuple[str, ...]) -> list[str]:

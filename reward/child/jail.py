@@ -67,9 +67,9 @@ def enter_namespaces() -> None:
             file.write(text)
 
 
-def enter_private_root(readable: Sequence[str]) -> None:
-    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only), four devices and an
-    empty folder for `mount_scratch`.
+def enter_private_root(readable: Sequence[str], hidden: Sequence[str]) -> None:
+    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only) without the folders `hidden`, four
+    devices and an empty folder for `mount_scratch`.
 
     There is no /proc and no host path besides. Needs enter_namespaces. Raises OSError.
     """
@@ -81,6 +81,9 @@ def enter_private_root(readable: Sequence[str]) -> None:
         os.mkdir(f"{root}/{name}", 0o755)
     for path in readable:
         _show(path, root)
+    for path in hidden:
+        if os.path.isdir(root + os.path.realpath(path)):
+            mount("tmpfs", root + os.path.realpath(path), "tmpfs", MS_NOSUID | MS_NODEV | MS_RDONLY, "mode=755,size=4k")
     for name in ("null", "zero", "urandom", "random"):
         with open(f"{root}/dev/{name}", "w", encoding="ascii"):
             pass

@@ -10,7 +10,7 @@ import ctypes
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from reward.child import jail
 
@@ -31,8 +31,8 @@ _DEVICES = {
 }
 
 
-def ruleset(readable: Iterable[str], scratch: str) -> int:
-    """Descriptor of the rules: `readable` to read, `scratch` to read and write, four devices, nothing else.
+def ruleset(readable: Iterable[str], hidden: Iterable[str], scratch: str) -> int:
+    """Descriptor of the rules: `readable` without `hidden` to read, `scratch` to read and write, four devices, nothing else.
 
     Raises:
         OSError: the kernel has no Landlock, has it switched off, or is too old.
@@ -46,8 +46,9 @@ def ruleset(readable: Iterable[str], scratch: str) -> int:
     attributes = struct.pack("=QQQ", files, 0b11 if abi >= 4 else 0, 0b11 if abi >= 6 else 0)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = jail.check(jail.libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0), "landlock ruleset")
+    out_of_sight = [os.path.realpath(path) for path in hidden]
     for path in readable:
-        _allow(rules, path, _READ)
+        _allow_without(rules, os.path.realpath(path), out_of_sight)
     for path, access in _DEVICES.items():
         _allow(rules, path, access)
     _allow(rules, scratch, _READ | _WRITE)
@@ -57,6 +58,20 @@ def ruleset(readable: Iterable[str], scratch: str) -> int:
 def restrict(rules: int) -> None:
     """Hold this process and all it starts to the rules, for good. Needs `jail.drop_privileges` first."""
     jail.check(jail.libc.syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
+
+
+def _allow_without(rules: int, path: str, hidden: Collection[str]) -> None:
+    """Rules only add: a folder with something hidden below is opened entry by entry. Its names can be listed all the same."""
+    if path in hidden:
+        return
+    if not any(other.startswith(f"{path}/") for other in hidden):
+        _allow(rules, path, _READ)
+        return
+    _allow(rules, path, READ_DIR)
+    for entry in os.scandir(path):
+        # What a link leads to has rules of its own, or none.
+        if not entry.is_symlink():
+            _allow_without(rules, entry.path, hidden)
 
 
 def _allow(rules: int, path: str, access: int) -> None:

@@ -9,6 +9,7 @@ nothing about a run ever enters that image.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import importlib
@@ -16,7 +17,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from reward.child import jail, landlock, seccomp
+from reward.child import jail, landlock, scratch, seccomp
 
 _PRELOADED = (
     "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io "
@@ -33,14 +33,13 @@ _PRELOADED = (
 _CHANNEL_FD = 3
 _LIMITED_USERS = (30000, 60000)
 _QUOTA_CHECK_S = 0.05
-_MAX_SCRATCH_ENTRIES = 4096
 Run = Callable[[list[socket.socket]], None]
 
 
 def main() -> NoReturn:
     """Launcher: build the namespaces, fork the server into them, and outlive it only to reap it.
 
-    argv: {"kind", "tier", "readable", "path", "tmp", "tmp_bytes"} as JSON, and the descriptor of the control socket.
+    argv: {"kind", "tier", "readable", "hidden", "path", "tmp", "tmp_bytes"} as JSON, and the descriptor of the control socket.
     """
     config = json.loads(sys.argv[1])
     control = socket.socket(fileno=int(sys.argv[2]))
@@ -88,14 +87,14 @@ class _Server:
         jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
         jail.prctl(jail.PR_SET_DUMPABLE, 0)
         if self._namespaced:
-            jail.enter_private_root(config["readable"])
+            jail.enter_private_root(config["readable"], config["hidden"])
             jail.mount_scratch(self._tmp_bytes)
         else:
             os.chdir(config["tmp"])
             if uid is not None:
                 os.chown(".", uid, uid)
         if self._tier == "landlock":
-            self._rules = landlock.ruleset(config["readable"], config["tmp"])
+            self._rules = landlock.ruleset(config["readable"], config["hidden"], config["tmp"])
         os.environ.clear()
         os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
         self._run = self._load(config["kind"], config["path"])
@@ -124,6 +123,9 @@ class _Server:
         # `reward` is how this process found its own modules; a child has no business with it.
         for name in [name for name in sys.modules if name.split(".")[0] == "reward"]:
             del sys.modules[name]
+        # A run sees the arguments of a script, and the names that `site` defines.
+        sys.argv[:] = sys.orig_argv[:] = ["solution.py"]
+        builtins.exit = builtins.quit = sys.exit
         # Every run starts from one state, so that the same program gets the same verdict.
         random.seed(0)
         return run
@@ -167,7 +169,7 @@ class _Server:
     def _hold_scratch_to_its_size(self) -> None:
         """Until the next message: end a run that writes more than a tmpfs of the namespace tier would have held."""
         while not select.select([self._control], [], [], _QUOTA_CHECK_S if _children() else None)[0]:
-            if _bytes_below(".") > self._tmp_bytes:
+            if scratch.bytes_below(".") > self._tmp_bytes:
                 self._kill_children()
 
     def _kill_children(self) -> None:
@@ -200,27 +202,7 @@ class _Server:
         if self._namespaced:
             jail.mount_scratch(self._tmp_bytes, replace=True)
             return
-        for name in os.listdir("."):
-            if os.path.isdir(name) and not os.path.islink(name):
-                shutil.rmtree(name, ignore_errors=True)
-            else:
-                os.unlink(name)
-
-
-def _bytes_below(folder: str) -> int:
-    """Disk space of all files below, and too much if there are too many to count."""
-    total, num_entries, folders = 0, 0, [folder]
-    while folders:
-        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                num_entries += 1
-                if num_entries > _MAX_SCRATCH_ENTRIES:
-                    return sys.maxsize
-                with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-    return total
+        scratch.empty(".")
 
 
 def _children() -> list[int]:

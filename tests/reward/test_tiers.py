@@ -16,11 +16,12 @@ import pytest
 
 from reward import Outcome, RewardPool, TaskLimits, sandbox
 from reward.sandbox import TIERS, Tier, TierError, choose_tier
-from tests.reward.test_exploits import EXPLOITS, JUDGED, REFERENCE, SLOW_EXPLOITS, response
+from tests.reward.attacks import EXPLOITS, SLOW_EXPLOITS
+from tests.reward.test_exploits import JUDGED, REFERENCE, response
 
 ROOT = Path(__file__).parents[2]
 ANYBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-READS_THE_HOST = ("reads the host", "reads the process table", "loads the harness")
+READS_THE_HOST = ("reads the host", "reads the process table", "loads the harness", "looks for the tests")
 
 
 def test_tiers_have_names_and_an_order() -> None:
