@@ -14,7 +14,7 @@ from typing import Any
 
 from reward.child import wire
 from reward.comparison import same_json, same_output
-from reward.extraction import extract_program
+from reward.fences import extract_program
 from reward.programs import Case, JsonValue, TestPlan, plan_reference
 from reward.sandbox import ForkServer, Limits, SandboxError
 from reward.suspicion import flags

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from reward import coding, mathematics
-from reward.answers import final_answer
 from reward.programs import plan_reference
 from reward.sandbox import ForkServer, SandboxError, Tier, choose_tier
 from reward.verdict import Outcome, Verdict, printable
@@ -41,6 +40,8 @@ class TaskLimits:
             raise ValueError(f"{self}: all must be positive")
 
 
+_SILENT = (Outcome.TIMEOUT, Outcome.VERIFIER_ERROR)
+"""Who ran out of time or broke has no opinion on the other path's."""
 MATH_LIMITS = TaskLimits(deadline_s=1.0)
 CODE_LIMITS = TaskLimits(deadline_s=10.0)
 
@@ -161,7 +162,7 @@ class RewardPool:
             if not isinstance(verdict, Verdict):
                 verdict = _twice(lambda: worker.judge(case.first))
                 verdict = dataclasses.replace(verdict, tier=self.tier.value, seconds=time.monotonic() - started)
-            if case.second:
+            if case.second and verdict.outcome not in _SILENT:
                 verdict = _compare(verdict, _twice(lambda: worker.judge_again(case.response, case.reference)))
         finally:
             self._idle[task].put(worker)
@@ -211,7 +212,7 @@ class _MathWorker:
 
     def judge_again(self, response: str, reference: Mapping[str, Any]) -> Verdict:
         """By math-verify alone, also where plain comparison has decided."""
-        answer = final_answer(response)
+        answer = mathematics.final_answer(response)
         assert answer is not None, "a response without an answer is not judged twice"
         return self.judge(mathematics.Question(reference["answer"], answer))
 
@@ -259,9 +260,8 @@ def _twice(judge: Any) -> Verdict:
 
 
 def _compare(first: Verdict, second: Verdict) -> Verdict:
-    """The first verdict with the second opinion noted. Who ran out of time or broke has no opinion."""
-    silent = (Outcome.TIMEOUT, Outcome.VERIFIER_ERROR)
-    if first.outcome in silent or second.outcome in silent:
+    """The first verdict with the second opinion noted."""
+    if second.outcome in _SILENT:
         return first
     agree = first.reward == second.reward
     detail = first.detail if agree else f"{first.detail}; a second path says {second.outcome}: {second.detail}"

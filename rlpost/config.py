@@ -228,6 +228,42 @@ class SFT(_Table):
 Algo = Annotated[GRPO | SFT, Field(discriminator="name")]
 
 
+class CosineLengthConfig(_Table):
+    """The part falls from the first value to the second as a response grows to max_response_tokens."""
+
+    weight: float = 1.0
+    correct: tuple[float, float] = (1.0, 0.5)
+    wrong: tuple[float, float] = (0.0, -0.5)
+
+
+class OverlongConfig(_Table):
+    """The part is 0, and falls to -1 over the last buffer_tokens before max_response_tokens."""
+
+    weight: float = 1.0
+    buffer_tokens: Positive
+
+
+class RepetitionConfig(_Table):
+    """The part is minus the share of word n-grams that repeat an earlier one."""
+
+    weight: float = 1.0
+    ngram_words: Positive = 20
+
+
+class RewardConfig(_Table):
+    """The reward as a weighted sum of parts (reward/shaping.py); each is reported as reward/<part>/mean, weighted or not."""
+
+    accuracy: float = 1.0
+    """Weight of 1 for a right response, 0 for a wrong one."""
+    format: float = 0.0
+    """Weight of 1 for an answer the verifier could read, 0 for none."""
+    thinking_format: float = 0.0
+    """Weight of 1 for exactly one closed thinking part."""
+    cosine_length: CosineLengthConfig | None = None
+    overlong: OverlongConfig | None = None
+    repetition: RepetitionConfig | None = None
+
+
 class StageConfig(_Table):
     name: str
     data: str
@@ -240,6 +276,20 @@ class StageConfig(_Table):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up; linear and cosine fall to zero at the end of the stage."""
+    reward: RewardConfig | None = None
+    """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
+
+    @model_validator(mode="after")
+    def _reward_fits(self) -> StageConfig:
+        if self.reward is not None and not isinstance(self.algo, GRPO):
+            raise ValueError(f"stage {self.name!r} is supervised and has no reward to shape: remove its reward table")
+        overlong = self.reward and self.reward.overlong
+        if overlong and overlong.buffer_tokens > self.max_response_tokens:
+            raise ValueError(
+                f"stage {self.name!r}: reward.overlong.buffer_tokens = {overlong.buffer_tokens} is more than"
+                f" max_response_tokens = {self.max_response_tokens}"
+            )
+        return self
 
 
 class EvalConfig(_Table):
@@ -405,6 +455,7 @@ def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
 
 
 _TABLES = (
-    Recipe, StageConfig, EvalConfig, GRPO, SFT, ModelConfig, BuildConfig, GeneratedData, DatasetData, SamplerConfig,
-    LearnerConfig, OptimizerConfig, VerifierConfig, CodeVerifierConfig, TrackingConfig, DeadlineConfig,
+    Recipe, StageConfig, EvalConfig, GRPO, SFT, RewardConfig, CosineLengthConfig, OverlongConfig, RepetitionConfig,
+    ModelConfig, BuildConfig, GeneratedData, DatasetData, SamplerConfig, LearnerConfig, OptimizerConfig, VerifierConfig,
+    CodeVerifierConfig, TrackingConfig, DeadlineConfig,
 )  # fmt: skip

@@ -324,6 +324,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         lr_schedule=config.lr_schedule,
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
+        shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from reward import check_reference
 from reward.child import wire
-from reward.extraction import extract_program
+from reward.fences import extract_program
 from reward.programs import plan_reference
 
 CODE = "def f(x):\n    return x\n"

@@ -9,7 +9,7 @@ import pytest
 from reward import Outcome, RewardPool
 from reward.child import wire
 from reward.comparison import same_json, same_output
-from reward.extraction import extract_program
+from reward.fences import extract_program
 from reward.verdict import printable
 from tests.reward.test_exploits import response
 
