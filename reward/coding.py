@@ -15,7 +15,8 @@ from typing import Any
 from reward.child import wire
 from reward.comparison import same_json, same_output
 from reward.fences import extract_program
-from reward.programs import Case, JsonValue, TestPlan, plan_reference
+from reward.plans import Case, JsonValue, TestPlan
+from reward.programs import plan_reference
 from reward.sandbox import ForkServer, Limits, SandboxError
 from reward.suspicion import flags
 from reward.verdict import Outcome, Verdict, printable

@@ -30,6 +30,8 @@ FLAGS = (*_PATTERNS, "hard_coded")
 _COMPILED = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
 _MIN_TELLING_CHARS = 4
 _SQUEEZED = re.compile(r"\s+|\\n")
+# Docstrings repeat a problem's examples.
+_PROSE = re.compile(r"(\"\"\"|\'\'\').*?\1|#[^\n]*", re.DOTALL)
 
 
 def flags(program: str, expected: Sequence[str]) -> tuple[str, ...]:
@@ -39,11 +41,11 @@ def flags(program: str, expected: Sequence[str]) -> tuple[str, ...]:
         expected: `squeeze`d texts of the values that the problem's tests expect.
 
     "hard_coded": the program spells out at least two, and at least half, of the expected values that are long enough to be
-    telling.
+    telling, outside comments and docstrings.
     """
     found = [name for name, pattern in _COMPILED.items() if pattern.search(program)]
     telling = {text for text in expected if len(text) >= _MIN_TELLING_CHARS}
-    squeezed = squeeze(program) if telling else ""
+    squeezed = squeeze(_PROSE.sub("", program)) if telling else ""
     spelled = sum(text in squeezed for text in telling)
     if spelled >= 2 and 2 * spelled >= len(telling):
         found.append("hard_coded")
