@@ -12,10 +12,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from reward.pool import RewardPool, check_reference, gold_response
+from reward.pool import RewardPool, TaskLimits, check_reference, gold_response
 from reward.verdict import Outcome, Verdict
 
-__all__ = ["Outcome", "RewardPool", "Verdict", "check_reference", "gold_response", "score"]
+__all__ = ["Outcome", "RewardPool", "TaskLimits", "Verdict", "check_reference", "gold_response", "score"]
 
 
 @functools.cache
@@ -24,5 +24,5 @@ def _default_pool() -> RewardPool:
 
 
 def score(task: str, response: str, reference: Mapping[str, Any]) -> Verdict:
-    """The verdict on one response, by a pool of one worker that lives as long as this process."""
+    """The verdict on one response, by a pool of one worker a task that lives as long as this process."""
     return _default_pool().score(task, response, reference)

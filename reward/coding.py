@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reward.child import wire
-from reward.programs import Case, TestPlan, extract_program, plan_reference
+from reward.comparison import same_json, same_output
+from reward.fences import extract_program
+from reward.plans import Case, JsonValue, TestPlan
+from reward.programs import plan_reference
 from reward.sandbox import ForkServer, Limits, SandboxError
-from reward.verdict import Outcome, Verdict
+from reward.suspicion import flags
+from reward.verdict import Outcome, Verdict, printable
 
 MAX_OUTPUT_BYTES = 8 * 2**20
 
@@ -41,16 +45,16 @@ class _Findings:
     def record(self, passed: bool, detail: str) -> None:
         self.passed.append(passed)
         if not passed and not self.detail:
-            self.detail = detail[:300]
+            self.detail = detail
 
 
 class _ProgramFailedError(Exception):
     """The program did not get as far as its tests."""
 
 
-def quick(response: str, reference: Mapping[str, Any]) -> Verdict | Question:
-    """NO_ANSWER where there is no program, else the question for `judge`."""
-    plan = plan_reference(reference)
+def quick(response: str, reference: Mapping[str, Any], *, compare_in_parent: bool = True) -> Verdict | Question:
+    """NO_ANSWER where there is no program, else the question for `judge`; see `plan_reference` for the flag."""
+    plan = plan_reference(reference, compare_in_parent=compare_in_parent)
     found = extract_program(response)
     if found is None:
         return _verdict(_Findings(outcome=Outcome.NO_ANSWER, detail="no program"), plan)
@@ -71,13 +75,13 @@ def judge(question: Question, candidates: ForkServer, judges: ForkServer, deadli
     except TimeoutError:
         findings.outcome, findings.detail = Outcome.TIMEOUT, f"not done in {deadline_s:g} s"
     except (_ProgramFailedError, wire.WireError) as error:
-        findings.detail = findings.detail or str(error)[:300]
+        findings.detail = findings.detail or str(error)
     if not findings.compiled and not question.fenced:
         findings.outcome, findings.detail = Outcome.NO_ANSWER, "no fenced block, and the text is not a program"
-    return _verdict(findings, question.plan)
+    return _verdict(findings, question.plan, flags(question.program, question.plan.expected_texts))
 
 
-def _verdict(findings: _Findings, plan: TestPlan) -> Verdict:
+def _verdict(findings: _Findings, plan: TestPlan, suspicions: tuple[str, ...] = ()) -> Verdict:
     correct = findings.outcome is None and len(findings.passed) == plan.num_tests and all(findings.passed)
     return Verdict(
         reward=float(correct),
@@ -88,7 +92,8 @@ def _verdict(findings: _Findings, plan: TestPlan) -> Verdict:
             "tests_passed": float(sum(findings.passed)),
             "tests_total": float(plan.num_tests),
         },
-        detail=findings.detail,
+        detail=printable(findings.detail),
+        flags=suspicions,
     )
 
 
@@ -142,6 +147,8 @@ def _holds(case: Case, candidate: _Candidate, findings: _Findings) -> bool:
         return False
     if isinstance(case.expected, bool):
         holds = wire.truth(reply["value"]) is case.expected
+    elif isinstance(case.expected, JsonValue):
+        holds = same_json(reply["value"], case.expected.value, case.expected.tolerance)
     else:
         returned = wire.canonical(reply["value"])
         holds = returned == case.expected and not wire.equals_nothing(returned)
@@ -202,7 +209,8 @@ def _run_scripts(
                 raise _ProgramFailedError(str(reply.get("error") if isinstance(reply, dict) else "malformed"))
             findings.compiled = True
             written = _read_output(ours_out, ours, deadline)
-        findings.record(_same_output(written, expected), f"test {index + 1}: wrote {written[:150]!r}")
+        same = same_output(written, expected, question.plan.tolerance)
+        findings.record(same, f"test {index + 1}: wrote {written[:150]!r}")
 
 
 def _read_output(output: socket.socket, life: socket.socket, deadline: float) -> str:
@@ -225,12 +233,11 @@ def _read_output(output: socket.socket, life: socket.socket, deadline: float) ->
     return bytes(written[:MAX_OUTPUT_BYTES]).decode(errors="replace")
 
 
-def _same_output(written: str, expected: str) -> bool:
-    """Line by line, blind to white space at the ends of lines and of the text, and to its amount within a line."""
-    return [line.split() for line in written.rstrip().splitlines()] == [
-        line.split() for line in expected.rstrip().splitlines()
-    ]
-
-
 def _load_request(question: Question) -> dict[str, str]:
-    return {"program": question.program, "setup": question.plan.candidate_setup, "name": "solution"}
+    plan = question.plan
+    return {
+        "provided": plan.provided,
+        "program": question.program,
+        "setup": plan.candidate_setup,
+        "name": "solution",
+    }

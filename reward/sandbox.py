@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import glob
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,21 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reward.child import scratch
+
 Kind = Literal["candidate", "judge", "algebra"]
 TMP_BYTES = 64 * 2**20
 _START_S = 60.0
 _CONTROL_S = 15.0
 _PACKAGE = Path(__file__).parent
-_LIBRARIES = (
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/usr/share/zoneinfo",
-    "/etc/ld.so.cache",
-    "/nix/store",
-)
+_LIBRARIES = ("/lib64", "/usr/lib64", "/nix/store", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+# Installed packages: other people's code, and this machine's data with it.
+_HIDDEN = ("/usr/lib*/python*/dist-packages", "/usr/lib*/python*/site-packages")
 # Registers `reward` as a bare package, so that the server imports its own few modules and not this side of it.
 _BOOT = """
 import sys, types
@@ -51,15 +46,25 @@ class Tier(enum.StrEnum):
     NAMESPACE = "namespace"
     """Own pid, net, mount, ipc and uts namespaces (and user namespace unless root), a root with nothing but the
     interpreter, no /proc, no capability, seccomp, limits."""
+    LANDLOCK = "landlock"
+    """Landlock, seccomp, limits: nothing of the host can be opened but the interpreter; names of files can be guessed."""
     RLIMITS_ONLY = "rlimits-only"
-    """A session, limits, and seccomp where this machine is known; the host's files stay readable."""
+    """Limits, and seccomp where this machine is known; the host's files stay readable."""
 
 
 TIERS: tuple[Tier, ...] = tuple(Tier)
+REMEDY = (
+    "Allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; in a"
+    " container, its seccomp and AppArmor profiles must let unshare and mount through), or use Linux 6.2 or newer with Landlock"
+)
 
 
 class SandboxError(RuntimeError):
     """The sandbox itself failed; says nothing about what ran in it."""
+
+
+class TierError(RuntimeError):
+    """This machine cannot isolate a run as strongly as was asked; names what it can do, why not more, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +84,13 @@ class ForkServer:
     Args:
         kind: what its children do: the module of that name in reward.child.
         tier: the isolation to build; None is the strongest that works here.
+        max_runs: after so many runs the next one starts a fresh server.
     """
 
-    def __init__(self, kind: Kind, tier: Tier | None = None) -> None:
+    def __init__(self, kind: Kind, tier: Tier | None = None, *, max_runs: int = 2000) -> None:
         self.kind = kind
         self._tier = tier
+        self._max_runs, self._num_runs = max_runs, 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._tmp: str | None = None
@@ -100,10 +107,10 @@ class ForkServer:
         try:
             if tier is not Tier.NAMESPACE:
                 self._tmp = tempfile.mkdtemp(prefix="reward-")
-                os.chmod(self._tmp, 0o777)
             path = _library_path() if self.kind == "algebra" else []
             readable = _readable((*_standard_paths(), *path))
             config = {"kind": self.kind, "tier": tier.value, "readable": readable, "path": path}
+            config |= {"hidden": [folder for folder in _hidden_paths() if folder not in path]}
             config |= {"tmp": self._tmp, "tmp_bytes": TMP_BYTES}
             self._process = _spawn(config, theirs)
             theirs.close()
@@ -124,8 +131,10 @@ class ForkServer:
         Raises:
             SandboxError: the child could not be started; the next run starts a new server.
         """
+        if self._num_runs >= self._max_runs:
+            self.close()
         self.start()
-        assert self._control is not None
+        self._num_runs += 1
         ours, theirs = socket.socketpair()
         try:
             self._ask_for_run(limits, ours, theirs, extra)
@@ -140,6 +149,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server and everything it started, and reap it. Safe to call twice."""
+        self._num_runs = 0
         if self._process is not None and self._owner != os.getpid():
             # In a fork of the owner: what is the owner's to end stays, and `returncode` keeps Popen from warning.
             self._process.returncode = 0
@@ -155,7 +165,8 @@ class ForkServer:
                 self._process.wait()
             self._process = None
         if self._tmp is not None:
-            shutil.rmtree(self._tmp)
+            scratch.empty(self._tmp)
+            os.rmdir(self._tmp)
             self._tmp = None
 
     def _ask_for_run(
@@ -198,6 +209,31 @@ class ForkServer:
         return reply
 
 
+def choose_tier(least: Tier, *, unsafe_allow_rlimits_only: bool = False) -> Tier:
+    """The strongest tier that works on this machine.
+
+    Args:
+        least: NAMESPACE or LANDLOCK.
+        unsafe_allow_rlimits_only: take whatever there is: model-written code can then read this machine's files.
+
+    Raises:
+        ValueError: `least` is RLIMITS_ONLY, which only the unsafe flag admits.
+        TierError: the machine offers less than was asked.
+    """
+    if least is Tier.RLIMITS_ONLY:
+        raise ValueError(
+            f"min_tier must be one of {[str(tier) for tier in TIERS[:-1]]}; tier {least} needs the unsafe flag"
+        )
+    found = probe()
+    if unsafe_allow_rlimits_only or TIERS.index(found) <= TIERS.index(least):
+        return found
+    reasons = "; ".join(f"{tier}: {why_not(tier)}" for tier in TIERS[: TIERS.index(found)])
+    raise TierError(
+        f"runs need isolation of tier {least} or stronger, and this machine offers {found} ({reasons}). {REMEDY}, or"
+        + (" set min_tier to landlock" if found is Tier.LANDLOCK else " accept the risk with unsafe_allow_rlimits_only")
+    )
+
+
 @functools.cache
 def probe() -> Tier:
     """The strongest tier that works on this machine, found by starting a fork server in it; once per process."""
@@ -238,7 +274,17 @@ def _spawn(config: dict[str, Any], control: socket.socket) -> subprocess.Popen[b
 
 def _standard_paths() -> tuple[str, ...]:
     """What an interpreter reads: shared libraries, the standard library, this package's child side."""
-    return (*_LIBRARIES, sysconfig.get_path("stdlib"), os.path.join(sys.base_prefix, "lib"), str(_PACKAGE / "child"))
+    multiarch = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH') or '?'}"
+    system = [multiarch, multiarch.removeprefix("/usr")] if os.path.isdir(multiarch) else ["/usr/lib", "/lib"]
+    own = glob.glob(os.path.join(glob.escape(sys.base_prefix), "lib", "*.so*"))
+    return (*_LIBRARIES, *system, *own, sysconfig.get_path("stdlib"), str(_PACKAGE / "child"))
+
+
+def _hidden_paths() -> list[str]:
+    """Folders below the standard paths that a run has no use for."""
+    stdlib = glob.escape(sysconfig.get_path("stdlib"))
+    patterns = (*_HIDDEN, f"{stdlib}/site-packages", f"{stdlib}/test")
+    return [path for pattern in patterns for path in glob.glob(pattern) if os.path.isdir(path)]
 
 
 def _readable(paths: tuple[str, ...]) -> list[str]:

@@ -169,10 +169,29 @@ class LearnerConfig(_Table):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class VerifierConfig(_Table):
+class MathVerifierConfig(_Table):
     workers: Positive = 1
-    """Child processes that run verifiers."""
-    deadline_s: Annotated[float, Field(gt=0)] = 5.0
+    """Responses judged at a time, each in a child process of its own."""
+    deadline_s: Annotated[float, Field(gt=0)] = 1.0
+    """Wall-clock seconds of one response."""
+    runs_per_server: Positive = 2000
+    """Runs after which a fork server is replaced by a fresh one."""
+
+
+class CodeVerifierConfig(MathVerifierConfig):
+    deadline_s: Annotated[float, Field(gt=0)] = 10.0
+    """Wall-clock seconds of one response, for all its tests together."""
+
+
+class VerifierConfig(_Table):
+    math: MathVerifierConfig = MathVerifierConfig()
+    code: CodeVerifierConfig = CodeVerifierConfig()
+    min_tier: Literal["namespace", "landlock"] = "landlock"
+    """The least isolation to run model-written code in; a machine that offers less stops the run. See docs/verifiers.md."""
+    unsafe_allow_rlimits_only: bool = False
+    """Run it even where it can read this machine's files."""
+    regrade_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of responses that a second, independent path judges as well; verifier/<task>/disagreement reports the rest."""
 
 
 class TrackingConfig(_Table):
@@ -315,6 +334,42 @@ class SFT(_Table):
 Algo = Annotated[GRPO | OnlineDPO | DPO | SFT, Field(discriminator="name")]
 
 
+class CosineLengthConfig(_Table):
+    """The part falls from the first value to the second as a response grows to max_response_tokens."""
+
+    weight: float = 1.0
+    correct: tuple[float, float] = (1.0, 0.5)
+    wrong: tuple[float, float] = (0.0, -0.5)
+
+
+class OverlongConfig(_Table):
+    """The part is 0, and falls to -1 over the last buffer_tokens before max_response_tokens."""
+
+    weight: float = 1.0
+    buffer_tokens: Positive
+
+
+class RepetitionConfig(_Table):
+    """The part is minus the share of word n-grams that repeat an earlier one."""
+
+    weight: float = 1.0
+    ngram_words: Positive = 20
+
+
+class RewardConfig(_Table):
+    """The reward as a weighted sum of parts (reward/shaping.py); each is reported as reward/<part>/mean, weighted or not."""
+
+    accuracy: float = 1.0
+    """Weight of 1 for a right response, 0 for a wrong one."""
+    format: float = 0.0
+    """Weight of 1 for an answer the verifier could read, 0 for none."""
+    thinking_format: float = 0.0
+    """Weight of 1 for exactly one closed thinking part."""
+    cosine_length: CosineLengthConfig | None = None
+    overlong: OverlongConfig | None = None
+    repetition: RepetitionConfig | None = None
+
+
 class StageConfig(_Table):
     name: str
     data: str
@@ -327,6 +382,22 @@ class StageConfig(_Table):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up; linear and cosine fall to zero at the end of the stage."""
+    reward: RewardConfig | None = None
+    """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
+
+    @model_validator(mode="after")
+    def _reward_fits(self) -> StageConfig:
+        if self.reward is not None and not isinstance(self.algo, Sampled):
+            raise ValueError(
+                f"stage {self.name!r} learns from given responses and has no reward to shape: remove its reward table"
+            )
+        overlong = self.reward and self.reward.overlong
+        if overlong and overlong.buffer_tokens > self.max_response_tokens:
+            raise ValueError(
+                f"stage {self.name!r}: reward.overlong.buffer_tokens = {overlong.buffer_tokens} is more than"
+                f" max_response_tokens = {self.max_response_tokens}"
+            )
+        return self
 
 
 class EvalConfig(_Table):
@@ -506,6 +577,7 @@ def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
 
 
 _TABLES = (
-    Recipe, StageConfig, EvalConfig, GRPO, OnlineDPO, DPO, SFT, ModelConfig, BuildConfig, GeneratedData, DatasetData,
-    PairData, SamplerConfig, LearnerConfig, OptimizerConfig, VerifierConfig, TrackingConfig, DeadlineConfig,
+    Recipe, StageConfig, EvalConfig, GRPO, OnlineDPO, DPO, SFT, RewardConfig, CosineLengthConfig, OverlongConfig,
+    RepetitionConfig, ModelConfig, BuildConfig, GeneratedData, DatasetData, PairData, SamplerConfig, LearnerConfig,
+    OptimizerConfig, VerifierConfig, CodeVerifierConfig, TrackingConfig, DeadlineConfig,
 )  # fmt: skip

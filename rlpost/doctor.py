@@ -197,17 +197,22 @@ def check_wandb() -> Iterator[Check]:
 def check_sandbox() -> Iterator[Check]:
     from reward import sandbox
 
-    tier = str(sandbox.probe())
-    if tier == sandbox.TIERS[0]:
-        yield Check(name="sandbox", status="ok", detail=f"tier {tier}: model-written code sees nothing of this machine")
-    else:
-        yield Check(
-            name="sandbox",
-            status="warn",
-            detail=f"tier {tier}: model-written code is killed on time but can read this machine's files",
-            remedy="allow user namespaces (sysctl kernel.unprivileged_userns_clone=1; in a container, its seccomp or"
-            " AppArmor profile must let unshare through), or run as a user who owns nothing of value",
-        )
+    tier = sandbox.probe()
+    means = {
+        sandbox.Tier.NAMESPACE: "model-written code sees nothing of this machine",
+        sandbox.Tier.LANDLOCK: "model-written code can open nothing of this machine, but ask whether a file exists",
+        sandbox.Tier.RLIMITS_ONLY: "model-written code is killed on time but can read this machine's files: recipes refuse to"
+        " start",
+    }
+    stronger = sandbox.TIERS[: sandbox.TIERS.index(tier)]
+    reasons = "".join(f"; not {other}: {sandbox.why_not(other)}" for other in stronger)
+    unsafe = tier is sandbox.Tier.RLIMITS_ONLY
+    yield Check(
+        name="sandbox",
+        status="fail" if unsafe else "ok",
+        detail=f"tier {tier}: {means[tier]}{reasons}",
+        remedy=f"{sandbox.REMEDY}, or accept the risk with verifier.unsafe_allow_rlimits_only = true" if unsafe else "",
+    )
 
 
 # -- hardware ----------------------------------------------------------------------------------------------------------

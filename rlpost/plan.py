@@ -147,7 +147,12 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"{learner.gpus_per_rank} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
         _learner_memory(recipe, parameters),
     )
-    workers.add_row("verifier", "1", f"{recipe.verifier.workers} child process(es)", "small")
+    workers.add_row(
+        "verifier",
+        "1",
+        f"{recipe.verifier.math.workers} math, {recipe.verifier.code.workers} code child process(es)",
+        "small",
+    )
     size = f"{parameters / 1e6:,.1f} M parameters" if parameters else "size unknown before it is downloaded"
     facts = (
         f"model: {recipe.model.path or 'built from scratch'} ({size}); longest sequence {max_model_len(recipe)} tokens\n"

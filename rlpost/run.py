@@ -292,7 +292,6 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
 def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
     """The prompts of one data set; what was left out of it, by reason, is added to `left_out`."""
     config = recipe.data[name]
-    verifier = recipe.verifier
     if isinstance(config, PairData):
         longest = min(stage.max_response_tokens for stage in recipe.stage if stage.data == name)
         pairs, left_out[name] = load_pairs(config, tokenizer, max_response_tokens=longest)
@@ -303,14 +302,10 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[st
         evals = [item.num_prompts for item in recipe.eval if item.data == name]
         stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if stage.data == name]
         prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
-        check_golds(
-            prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, deadline_s=verifier.deadline_s, workers=verifier.workers
-        )
+        check_golds(prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, verifier=recipe.verifier)
         return prompts
     prompts = load_dataset_prompts(config, tokenizer)
-    return check_golds(
-        prompts, max_rejected=config.max_rejected_golds, deadline_s=verifier.deadline_s, workers=verifier.workers
-    )
+    return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
 
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
@@ -341,6 +336,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         lr_schedule=config.lr_schedule,
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
+        shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
     )
 
 

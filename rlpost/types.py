@@ -155,6 +155,16 @@ class Judgement:
     """correct, wrong, no_answer, timeout or verifier_error (`reward.Outcome`)."""
     parts: Mapping[str, float] = field(default_factory=dict)
     detail: str = ""
+    flags: tuple[str, ...] = ()
+    """Suspicious patterns in the response; for people."""
+    seconds: float = 0.0
+    """Wall time of judging."""
+    queued_s: float = 0.0
+    """Wall time of waiting to be judged."""
+    tier: str | None = None
+    """Isolation of the run; None where nothing ran."""
+    second_opinion: bool | None = None
+    """Whether a second, independent path agreed; None where none was asked."""
 
 
 def summarize(group: RolloutGroup) -> GroupSummary:

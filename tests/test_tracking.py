@@ -529,7 +529,17 @@ class Group:
             oldest_version=oldest_version,
             newest_version=oldest_version,
         )
-        self.judgements = (Judgement(reward=1.0, outcome="correct"), Judgement(reward=0.0, outcome="no_answer"))
+        right = Judgement(
+            reward=1.0,
+            outcome="correct",
+            parts={"accuracy": 1.0, "format": 1.0},
+            flags=("frames",),
+            seconds=0.3,
+            queued_s=0.1,
+            tier="namespace",
+            second_opinion=False,
+        )
+        self.judgements = (right, Judgement(reward=0.0, outcome="no_answer"))
         self.advantages_G = (1.0, -1.0)
 
 
@@ -601,3 +611,15 @@ async def test_every_key_of_an_evaluation_is_documented_and_nothing_else_is() ->
 
 def test_every_event_is_documented_and_nothing_else_is() -> None:
     assert set(documented("events.jsonl")) == {*EVENT_LINES, "run_end"}
+
+
+def test_how_verdicts_came_about_is_reported_by_task() -> None:
+    """Two rollouts of each task, the first with 0.3 s, a flag and a second path that disagrees, the other with nothing."""
+    row = step_metrics(full_record())
+    assert row["flag/frames"] == 0.5
+    for task in ("math", "code"):
+        assert (row[f"verifier/{task}/seconds_p50"], row[f"verifier/{task}/seconds_p95"]) == (0.0, 0.3)
+        assert row[f"verifier/{task}/queued_s_p95"] == 0.1
+        assert row[f"verifier/{task}/tier"] == "namespace"
+        assert (row[f"verifier/{task}/num_regraded"], row[f"verifier/{task}/disagreement"]) == (1, 1.0)
+    assert row["reward/accuracy/mean"] == 1.0, "of the one rollout that has the part"

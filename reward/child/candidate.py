@@ -3,11 +3,11 @@
 The code under test shares this process and can do what it likes to it: forge replies, patch this module, exit. None of
 that can turn a wrong answer right, because this process never holds an expected value.
 
-The first request is {"program", "setup", "name"}, answered twice under its nonce: {"compiled": bool, "error"} and, if it
-compiled, {"loaded": bool, "error"}. Then come ["eval", source], ["call", target, args, kwargs] (a target is a global name
-or a handle), ["get", target, attribute] and ["items", target], each answered {"value": tree} or
-{"raised": [type name, text]}. With a second descriptor the program is a script: it gets {"stdin"} and writes its standard
-output to the descriptor, and nothing is asked.
+The first request is {"provided", "program", "setup", "name"}, answered twice under its nonce: {"compiled": bool, "error"}
+and, if it compiled, {"loaded": bool, "error"}. Then come ["eval", source], ["call", target, args, kwargs] (a target is a
+global name or a handle), ["method", class, method, args] on a fresh object, ["get", target, attribute] and
+["items", target], each answered {"value": tree} or {"raised": [type name, text]}. With a second descriptor the program is a
+script: it gets {"stdin"} and writes its standard output to the descriptor, and nothing is asked.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class _Session:
         # dataclasses and typing look a class up through sys.modules.
         sys.modules[name] = self.module
         try:
+            exec(request["provided"], self.module.__dict__)
             exec(program, self.module.__dict__)
             exec(setup, self.module.__dict__)
         except BaseException as error:  # noqa: BLE001 - SystemExit included: a program may not end its own run
@@ -68,6 +69,8 @@ class _Session:
                 positional = [wire.decode(arg, self._resolve) for arg in args]
                 named = {key: wire.decode(arg, self._resolve) for key, arg in kwargs.items()}
                 return self._target(target)(*positional, **named)
+            case ["method", target, method, args]:
+                return getattr(self._target(target)(), method)(*[wire.decode(arg, self._resolve) for arg in args])
             case ["get", target, attribute]:
                 return getattr(self._target(target), attribute)
             case ["items", target]:
@@ -129,7 +132,8 @@ def describe(error: BaseException) -> str:
 
 
 def _redirect_stdio(stdin: str, output: socket.socket) -> None:
-    source = os.memfd_create("stdin")
+    # A file without a name in the scratch folder: the program can seek in it, as in a redirected file.
+    source = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
     data = memoryview(stdin.encode())
     while data:
         data = data[os.write(source, data) :]

@@ -1,4 +1,4 @@
-"""Linux isolation by ctypes: namespaces, resource limits, seccomp. No privileges needed where user namespaces exist."""
+"""Linux isolation by ctypes: namespaces, a private root, privileges, limits. User namespaces make it work without rights."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 SCRATCH = "/scratch"
 AT_RECURSIVE = 0x8000
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
 SYS_MOUNT_SETATTR = 442
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_machine = platform.machine()
+libc = ctypes.CDLL(None, use_errno=True)
+MACHINE = platform.machine()
 
 
-def _check(result: int, what: str) -> None:
+def check(result: int, what: str) -> int:
+    """The result of a C call. Raise OSError with its errno where it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
 
 
 def unshare(flags: int) -> None:
-    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+    check(libc.unshare(flags), f"unshare({flags:#x})")
 
 
 def setns(fd: int, flags: int) -> None:
-    _check(_libc.setns(fd, flags), "setns")
+    check(libc.setns(fd, flags), "setns")
 
 
 def prctl(option: int, value: int) -> None:
-    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+    check(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encoded = [None if text is None else text.encode() for text in (source, target, kind, data)]
-    _check(_libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
+    check(libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
 
 
 def enter_namespaces() -> None:
@@ -65,9 +67,9 @@ def enter_namespaces() -> None:
             file.write(text)
 
 
-def enter_private_root(readable: Sequence[str]) -> None:
-    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only), four devices and an
-    empty folder for `mount_scratch`.
+def enter_private_root(readable: Sequence[str], hidden: Sequence[str]) -> None:
+    """Replaces the root by an empty read-only tmpfs that shows `readable` (read-only) without the folders `hidden`, four
+    devices and an empty folder for `mount_scratch`.
 
     There is no /proc and no host path besides. Needs enter_namespaces. Raises OSError.
     """
@@ -79,6 +81,9 @@ def enter_private_root(readable: Sequence[str]) -> None:
         os.mkdir(f"{root}/{name}", 0o755)
     for path in readable:
         _show(path, root)
+    for path in hidden:
+        if os.path.isdir(root + os.path.realpath(path)):
+            mount("tmpfs", root + os.path.realpath(path), "tmpfs", MS_NOSUID | MS_NODEV | MS_RDONLY, "mode=755,size=4k")
     for name in ("null", "zero", "urandom", "random"):
         with open(f"{root}/dev/{name}", "w", encoding="ascii"):
             pass
@@ -87,9 +92,9 @@ def enter_private_root(readable: Sequence[str]) -> None:
     # Unless this interpreter or its packages live below /tmp, it is another name of the scratch folder.
     if not os.path.lexists(f"{root}/tmp"):
         os.symlink(SCRATCH, f"{root}/tmp")
-    _check(_libc.syscall(SYS_PIVOT_ROOT[_machine], root.encode(), f"{root}/oldroot".encode()), "pivot_root")
+    check(libc.syscall(SYS_PIVOT_ROOT[MACHINE], root.encode(), f"{root}/oldroot".encode()), "pivot_root")
     os.chdir("/")
-    _check(_libc.umount2(b"/oldroot", MNT_DETACH), "umount2")
+    check(libc.umount2(b"/oldroot", MNT_DETACH), "umount2")
     os.rmdir("/oldroot")
     mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
@@ -110,7 +115,7 @@ def _show(path: str, root: str) -> None:
             pass
     mount(path, target, None, MS_BIND | MS_REC)
     attributes = struct.pack("=QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
-    result = _libc.syscall(SYS_MOUNT_SETATTR, -100, target.encode(), AT_RECURSIVE, attributes, len(attributes))
+    result = libc.syscall(SYS_MOUNT_SETATTR, -100, target.encode(), AT_RECURSIVE, attributes, len(attributes))
     if result < 0:
         # Before Linux 5.12: the bound tree itself; flags locked by an outer user namespace must be repeated.
         mount("none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | os.statvfs(path).f_flag)
@@ -120,7 +125,7 @@ def mount_scratch(size_bytes: int, *, replace: bool = False) -> None:
     """Empty scratch space in a private root, as the working folder; `replace` drops the used one first."""
     os.chdir("/")
     if replace:
-        _check(_libc.umount2(SCRATCH.encode(), MNT_DETACH), f"umount2 {SCRATCH}")
+        check(libc.umount2(SCRATCH.encode(), MNT_DETACH), f"umount2 {SCRATCH}")
     mount("tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes},nr_inodes=4096")
     os.chdir(SCRATCH)
 
@@ -131,9 +136,9 @@ def drop_privileges(uid: int | None) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    if _machine in SYS_CAPSET:
+    if MACHINE in SYS_CAPSET:
         header = struct.pack("=Ii", 0x20080522, 0)
-        _check(_libc.syscall(SYS_CAPSET[_machine], header, struct.pack("=6I", *[0] * 6)), "capset")
+        check(libc.syscall(SYS_CAPSET[MACHINE], header, struct.pack("=6I", *[0] * 6)), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -158,54 +163,3 @@ def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int, num_proce
         (resource.RLIMIT_CPU, cpu_s),
     ):
         resource.setrlimit(kind, (value, value))
-
-
-# System calls no solution needs: tracing, namespaces, mounts, keys, kernel interfaces; and System V and POSIX message
-# queues, semaphores and shared memory, which outlive a process.
-_DENIED = {
-    "x86_64": (101, 310, 311, 272, 308, 165, 166, 155, 161, 246, 320, 175, 313, 176, 321, 298, 248, 249, 250, 323,
-               425, 426, 427, 304, 303, 312, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 167, 168, 169, 163,
-               29, 64, 68, 240),
-    "aarch64": (117, 270, 271, 97, 268, 40, 39, 41, 51, 104, 294, 105, 273, 106, 280, 241, 217, 218, 219, 282,
-                425, 426, 427, 265, 264, 272, 434, 438, 428, 429, 430, 431, 432, 433, 442, 424, 224, 225, 142, 89,
-                194, 190, 186, 180),
-}  # fmt: skip
-# Without namespaces signals and the network must be refused too: (kill, tkill, tgkill, rt_sigqueueinfo, tgsigqueueinfo).
-_SIGNALS = {"x86_64": (62, 200, 234, 129, 297), "aarch64": (129, 130, 131, 138, 240)}
-_SOCKET = {"x86_64": 41, "aarch64": 198}
-_CLONE = {"x86_64": 56, "aarch64": 220}
-_CLONE3 = 435
-_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x50000, 0x80000000
-_EPERM, _ENOSYS = 1, 38
-_ANY_NAMESPACE = 0x7E020000
-
-
-def refuse_system_calls(*, also_signals_and_network: bool) -> bool:
-    """Installs a seccomp filter for this process and its descendants; False where the machine has no table here.
-
-    Needs drop_privileges first. Denied calls fail with EPERM; clone3 fails with ENOSYS so that libc falls back to clone,
-    whose flags a filter can read. A call of a foreign ABI kills the process.
-    """
-    if _machine not in _DENIED:
-        return False
-    load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
-    program = [(load, 0, 0, 4), (equal, 1, 0, _AUDIT_ARCH[_machine]), (ret, 0, 0, _KILL), (load, 0, 0, 0)]
-    if _machine == "x86_64":
-        program += [(at_least, 0, 1, 0x40000000), (ret, 0, 0, _KILL)]
-    program += [(equal, 0, 1, _CLONE3), (ret, 0, 0, _ERRNO | _ENOSYS)]
-    denied = _DENIED[_machine]
-    if also_signals_and_network:
-        denied += (_SOCKET[_machine],)
-        for number in _SIGNALS[_machine]:
-            # A process may signal itself: the low half of the first argument is the target.
-            program += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, os.getpid()),
-                        (ret, 0, 0, _ERRNO | _EPERM), (ret, 0, 0, _ALLOW)]  # fmt: skip
-    for number in denied:
-        program += [(equal, 0, 1, number), (ret, 0, 0, _ERRNO | _EPERM)]
-    program += [(equal, 0, 3, _CLONE[_machine]), (load, 0, 0, 16), (any_bit, 0, 1, _ANY_NAMESPACE),
-                (ret, 0, 0, _ERRNO | _EPERM), (ret, 0, 0, _ALLOW)]  # fmt: skip
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
-    _check(_libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), filter_program, 0, 0), "seccomp")
-    return True

@@ -82,7 +82,9 @@ class _Peer:
         except (wire.WireError, LookupError) as error:
             raise CandidateError(f"no answer from the program: {error}") from error
         kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        # StopIteration would end a loop of the test early, and whatever the test had left to check with it.
+        unsafe = UnicodeError | StopIteration | StopAsyncIteration
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, unsafe):
             raise kind(message)
         raise CandidateError(message)
 

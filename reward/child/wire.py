@@ -28,6 +28,8 @@ _HEX = re.compile(r"-?0x[0-9a-f]+\Z")
 _DATES: dict[str, Any] = {"date": datetime.date, "time": datetime.time, "datetime": datetime.datetime}
 _SEQUENCE_TAGS: dict[type, str] = {list: "l", tuple: "t", deque: "q", set: "s", frozenset: "z"}
 _DICT_TYPES = (dict, OrderedDict, defaultdict, Counter)
+_MAX_EXACT_CHARS = 400
+"""Longer fractions and decimals are compared as written: a short text can stand for a number of any size."""
 _KEYS, _ITEMS, _VALUES = type({}.keys()), type({}.items()), type({}.values())
 
 
@@ -176,14 +178,14 @@ def canonical(tree: Any, depth: int = 0) -> str:
     """A text that two trees share exactly when their values are equal in Python (`1 == 1.0 == True`, list != tuple).
 
     Linear but for sorting, and it neither hashes numbers nor calls anything of the sender's. A handle and NaN equal
-    nothing: their text starts with "!" and no plain value's does. Raise WireError for a malformed tree.
+    nothing: their text holds a "!" and no plain value's does. Raise WireError for a malformed tree.
     """
     if depth > MAX_DEPTH:
         raise WireError(f"a value nested deeper than {MAX_DEPTH}")
     if tree is None:
         return "N"
     if isinstance(tree, str):
-        return json.dumps(tree)
+        return json.dumps(tree).replace("!", "\\u0021")
     if isinstance(tree, int):
         return f"n{int(tree):x}"
     try:
@@ -210,11 +212,15 @@ def _canonical_rare(tree: Any) -> str:
             imaginary = float.fromhex(imag)
             return _real(float.fromhex(real)) + (f"+{_real(imaginary)}j" if imaginary else "")
         case ["F", str(numerator), str(denominator)]:
+            if len(numerator) + len(denominator) > _MAX_EXACT_CHARS:
+                return f"F{_int(numerator):x}/{_int(denominator):x}"
             return _real(Fraction(_int(numerator), _int(denominator)))
         case ["D", str(digits)]:
+            if len(digits) > _MAX_EXACT_CHARS:
+                return f"D{json.dumps(digits)}"
             number = Decimal(digits)
             # 1e999999999 is eleven bytes here and half a gigabyte as an integer.
-            huge = number.is_finite() and number and abs(number.adjusted()) >= 10_000
+            huge = number.is_finite() and number and abs(number.adjusted()) >= _MAX_EXACT_CHARS
             return f"D{number}" if huge else _real(number)
         case ["r", start, stop, step]:
             return f"r{canonical(start)},{canonical(stop)},{canonical(step)}"
@@ -224,14 +230,14 @@ def _canonical_rare(tree: Any) -> str:
             return f"T{name}{_DATES[name].fromisoformat(text).isoformat()}"
         case ["L", int(days), int(seconds), int(microseconds)]:
             return f"L{days},{seconds},{microseconds}"
-        case [str(tag), *_]:
-            return f"!{tag}"
+        case [str(), *_]:
+            return "!"
     raise WireError("malformed value")
 
 
 def equals_nothing(canonical_text: str) -> bool:
-    """Whether NaN or a handle is somewhere in the value; "!" inside a quoted text does not count."""
-    return "!" in re.sub(r'"(?:[^"\\]|\\.)*"', "", canonical_text)
+    """Whether NaN or a handle is somewhere in the value."""
+    return "!" in canonical_text
 
 
 def truth(tree: Any) -> bool:

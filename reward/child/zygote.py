@@ -9,13 +9,14 @@ nothing about a run ever enters that image.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import importlib
 import json
 import os
 import random
-import shutil
+import select
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from reward.child import jail
+from reward.child import jail, landlock, scratch, seccomp
 
 _PRELOADED = (
     "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io "
@@ -31,13 +32,14 @@ _PRELOADED = (
 )
 _CHANNEL_FD = 3
 _LIMITED_USERS = (30000, 60000)
+_QUOTA_CHECK_S = 0.05
 Run = Callable[[list[socket.socket]], None]
 
 
 def main() -> NoReturn:
     """Launcher: build the namespaces, fork the server into them, and outlive it only to reap it.
 
-    argv: {"kind", "tier", "readable", "path", "tmp", "tmp_bytes"} as JSON, and the descriptor of the control socket.
+    argv: {"kind", "tier", "readable", "hidden", "path", "tmp", "tmp_bytes"} as JSON, and the descriptor of the control socket.
     """
     config = json.loads(sys.argv[1])
     control = socket.socket(fileno=int(sys.argv[2]))
@@ -75,16 +77,24 @@ class _Server:
     def __init__(self, control: socket.socket, config: dict[str, Any], uid: int | None) -> None:
         self._control = control
         self._tmp_bytes: int = config["tmp_bytes"]
-        self._namespaced: bool = config["tier"] == "namespace"
+        self._tier: str = config["tier"]
+        self._namespaced = self._tier == "namespace"
         self._uid = uid
+        self._rules: int | None = None
+        # Python's handler would let a run of the same user interrupt process 1 of its namespace.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
         jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
         jail.prctl(jail.PR_SET_DUMPABLE, 0)
         if self._namespaced:
-            jail.enter_private_root(config["readable"])
+            jail.enter_private_root(config["readable"], config["hidden"])
             jail.mount_scratch(self._tmp_bytes)
         else:
             os.chdir(config["tmp"])
+            if uid is not None:
+                os.chown(".", uid, uid)
+        if self._tier == "landlock":
+            self._rules = landlock.ruleset(config["readable"], config["hidden"], config["tmp"])
         os.environ.clear()
         os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
         self._run = self._load(config["kind"], config["path"])
@@ -94,6 +104,8 @@ class _Server:
     def serve(self) -> NoReturn:
         self._control.send(b'{"ready": true}')
         while True:
+            if not self._namespaced:
+                self._hold_scratch_to_its_size()
             message, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 4)
             if not message:
                 os._exit(0)
@@ -111,6 +123,9 @@ class _Server:
         # `reward` is how this process found its own modules; a child has no business with it.
         for name in [name for name in sys.modules if name.split(".")[0] == "reward"]:
             del sys.modules[name]
+        # A run sees the arguments of a script, and the names that `site` defines.
+        sys.argv[:] = sys.orig_argv[:] = ["solution.py"]
+        builtins.exit = builtins.quit = sys.exit
         # Every run starts from one state, so that the same program gets the same verdict.
         random.seed(0)
         return run
@@ -134,17 +149,34 @@ class _Server:
     def _become_run(self, limits: dict[str, int], descriptors: list[int]) -> None:
         """In the child: descriptors 0 to 2 are /dev/null, the channels follow, and nothing else survives."""
         os.setsid()
+        jail.drop_privileges(self._uid)
+        # After the change of user, which clears it.
+        jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if self._rules is not None:
+            landlock.restrict(self._rules)
         high = [os.dup2(descriptor, 100 + index) for index, descriptor in enumerate(descriptors)]
         channels = [os.dup2(descriptor, _CHANNEL_FD + index) for index, descriptor in enumerate(high)]
         os.closerange(_CHANNEL_FD + len(channels), 4096)
         jail.limit_resources(**limits)
-        jail.drop_privileges(self._uid)
-        # After the change of user, which clears it.
-        jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
-        jail.refuse_system_calls(also_signals_and_network=not self._namespaced)
+        # Of a tier that wipes its files by name, and has no other user for its runs, the host's files are in reach.
+        filtered = seccomp.restrict(host_files_in_reach=not self._namespaced and self._uid is None)
+        if not filtered and self._tier != "rlimits-only":
+            raise OSError(f"no system call filter for {jail.MACHINE}")
         sockets = [socket.socket(fileno=descriptor) for descriptor in channels]
         sockets[0].sendall(b"+")
         self._run(sockets)
+
+    def _hold_scratch_to_its_size(self) -> None:
+        """Until the next message: end a run that writes more than a tmpfs of the namespace tier would have held."""
+        while not select.select([self._control], [], [], _QUOTA_CHECK_S if _children() else None)[0]:
+            if scratch.bytes_below(".") > self._tmp_bytes:
+                self._kill_children()
+
+    def _kill_children(self) -> None:
+        for pid in _children():
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(pid, signal.SIGKILL)
 
     def _sweep(self) -> int:
         """Kill and reap all that is left of a run, wherever it moved to; the number of processes reaped."""
@@ -155,10 +187,7 @@ class _Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(-1, signal.SIGKILL)
             else:
-                for pid in _children():
-                    for kill in (os.killpg, os.kill):
-                        with contextlib.suppress(ProcessLookupError, PermissionError):
-                            kill(pid, signal.SIGKILL)
+                self._kill_children()
             try:
                 while os.waitpid(-1, 0 if self._namespaced else os.WNOHANG) != (0, 0):
                     swept += 1
@@ -173,11 +202,7 @@ class _Server:
         if self._namespaced:
             jail.mount_scratch(self._tmp_bytes, replace=True)
             return
-        for name in os.listdir("."):
-            if os.path.isdir(name) and not os.path.islink(name):
-                shutil.rmtree(name, ignore_errors=True)
-            else:
-                os.unlink(name)
+        scratch.empty(".")
 
 
 def _children() -> list[int]:

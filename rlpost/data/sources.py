@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError
+from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, VerifierConfig
 from rlpost.data.generated import FAMILIES, problems
 from rlpost.types import Prompt
 
@@ -204,7 +204,7 @@ def response_ids(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
     return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
 
 
-def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: float, workers: int) -> list[Prompt]:
+def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, verifier: VerifierConfig) -> list[Prompt]:
     """Those prompts whose gold answer their own verifier accepts.
 
     A math gold is its answer in a box; a code gold is the reference solution where the data has one. Prompts without a
@@ -222,7 +222,7 @@ def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, deadline_s: f
             check_reference(prompt.task, prompt.reference)
         except ValueError as error:
             raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
-    with RewardPool(num_workers=workers, deadline_s=deadline_s) as pool:
+    with RewardPool.from_table(verifier.model_dump()) as pool:
         verdicts = pool.score_many(
             [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(prompts.__getitem__, checked)]
         )

@@ -61,6 +61,8 @@ class Stage:
     """Replace groups whose rewards are all equal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: float | None = None
     """How long the learner waits for a straggler while finished groups stand behind it; None: as long as it takes."""
+    shaping: Mapping[str, Any] | None = None
+    """The table of `reward.shaping.shape`; None: the verifier's reward as it is."""
 
     @property
     def sampled(self) -> bool:
@@ -175,7 +177,10 @@ class Controller:
             handle, summary = await self.fleet.sample(request)
             verifier = self.workers.verifier
             judgements = await within(
-                self.settings.limits.judge_s, verifier.judge(handle), worker=verifier.name, phase=f"judging {prompt.id}"
+                self.settings.limits.judge_s,
+                verifier.judge(handle, stage.shaping),
+                worker=verifier.name,
+                phase=f"judging {prompt.id}",
             )
         except WorkerLost as error:
             self._fail(ticket, prompt, "worker_lost", str(error))

@@ -77,8 +77,9 @@ class Sampler(Protocol):
 class Verifier(Protocol):
     name: str
 
-    async def judge(self, handle: Handle) -> tuple[Judgement, ...]:
-        """One judgement per rollout of the group, in order."""
+    async def judge(self, handle: Handle, shaping: Mapping[str, Any] | None = None) -> tuple[Judgement, ...]:
+        """One judgement per rollout of the group, in order; with `shaping`, its reward and parts are those of
+        `reward.shaping.shape`."""
         ...
 
     async def seconds(self) -> Seconds: ...

@@ -104,9 +104,36 @@ def _rollout_metrics(record: StepRecord) -> dict[str, Any]:
     }
     for outcome, count in Counter(j.outcome for j in judgements).items():
         row[f"outcome/{outcome}"] = count / len(judgements)
+    for part in sorted({part for j in judgements for part in j.parts}):
+        row[f"reward/{part}/mean"] = fmean(j.parts[part] for j in judgements if part in j.parts)
+    for flag, count in sorted(Counter(flag for j in judgements for flag in j.flags).items()):
+        row[f"flag/{flag}"] = count / len(judgements)
     for task in sorted({group.prompt.task for group in groups}):
-        row[f"reward/{task}/mean"] = fmean(j.reward for g in groups if g.prompt.task == task for j in g.judgements)
+        of_task = [j for group in groups if group.prompt.task == task for j in group.judgements]
+        row[f"reward/{task}/mean"] = fmean(j.reward for j in of_task)
+        row |= {f"verifier/{task}/{name}": value for name, value in _verifier_metrics(of_task).items()}
     return row
+
+
+def _verifier_metrics(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """How one task's verdicts came about."""
+    seconds, queued = [j.seconds for j in judgements], [j.queued_s for j in judgements]
+    row: dict[str, Any] = {
+        "seconds_p50": percentile(seconds, 50),
+        "seconds_p95": percentile(seconds, 95),
+        "queued_s_p95": percentile(queued, 95),
+    }
+    if tiers := {j.tier for j in judgements if j.tier is not None}:
+        row["tier"] = ", ".join(sorted(tiers))
+    if opinions := [j.second_opinion for j in judgements if j.second_opinion is not None]:
+        row["num_regraded"] = len(opinions)
+        row["disagreement"] = opinions.count(False) / len(opinions)
+    return row
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that `percent` % of them do not exceed (nearest rank)."""
+    return sorted(values)[max(-(-percent * len(values) // 100) - 1, 0)]
 
 
 def _worker_times(worker_seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

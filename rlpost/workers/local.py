@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
@@ -14,6 +14,7 @@ from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Seconds
 from rlpost.pipeline.step_metrics import WAIT
 from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, WeightUpdate, summarize
+from rlpost.workers.judging import shape_judgement
 from rlpost.workers.learner_service import LearnerService
 from rlpost.workers.sampler_service import SamplerService
 
@@ -48,9 +49,11 @@ class LocalVerifier:
         self._judge = judge
         self._ledger = Ledger(WAIT)
 
-    async def judge(self, handle: RolloutGroup) -> tuple[Judgement, ...]:
+    async def judge(self, handle: RolloutGroup, shaping: Mapping[str, Any] | None = None) -> tuple[Judgement, ...]:
         with self._ledger.state("judge"):
-            return tuple(self._judge(handle, rollout) for rollout in handle.rollouts)
+            return tuple(
+                shape_judgement(self._judge(handle, r), r.text, r.num_response_tokens, shaping) for r in handle.rollouts
+            )
 
     async def seconds(self) -> Seconds:
         return self._ledger.collect()

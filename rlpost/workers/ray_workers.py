@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Seconds
 from rlpost.pipeline.step_metrics import WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
+from rlpost.workers.judging import shape_judgement
 from rlpost.workers.local import export_of
 from rlpost.workers.processes import answer, enter_worker, gather_first_error
 from rlpost.workers.wire import PackedGroup, PackedUpdate, pack_group, pack_update, unpack_group, unpack_update
@@ -75,24 +76,24 @@ class _VerifierProcess:
         enter_worker(log_path)
         from reward import RewardPool
 
-        self._pool = RewardPool(num_workers=config.workers, deadline_s=config.deadline_s)
-        self._threads = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="judge")
+        self._pool = RewardPool.from_table(config.model_dump())
         self._ledger = Ledger(WAIT)
         self._num_judging = 0
 
-    async def judge(self, packed: PackedGroup) -> tuple[Judgement, ...]:
-        items = [(packed.prompt.task, text, packed.prompt.reference) for text in packed.texts_G]
+    async def judge(self, packed: PackedGroup, shaping: Mapping[str, Any] | None) -> tuple[Judgement, ...]:
+        prompt = packed.prompt
         self._num_judging += 1
         self._ledger.enter("judge")
         try:
-            verdicts = await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.score_many, items)
+            submitted = [self._pool.submit(prompt.task, text, prompt.reference) for text in packed.texts_G]
+            verdicts = await asyncio.gather(*map(asyncio.wrap_future, submitted))
         finally:
             self._num_judging -= 1
             if not self._num_judging:
                 self._ledger.enter(WAIT)
-        return tuple(
-            Judgement(reward=v.reward, outcome=v.outcome.value, parts=dict(v.parts), detail=v.detail) for v in verdicts
-        )
+        judged = [Judgement(**{**dataclasses.asdict(v), "outcome": v.outcome.value}) for v in verdicts]
+        rollouts = zip(judged, packed.texts_G, packed.num_response_tokens_G, strict=True)
+        return tuple(shape_judgement(judgement, text, length, shaping) for judgement, text, length in rollouts)
 
     async def seconds(self) -> Seconds:
         return self._ledger.collect()
@@ -197,8 +198,9 @@ class RayVerifier:
     def __init__(self, name: str, actor: Any, log_path: Path) -> None:
         self.name, self.actor, self._log_path = name, actor, log_path
 
-    async def judge(self, handle: Handle) -> tuple[Judgement, ...]:
-        return await answer(self.actor.judge.remote(handle), worker=self.name, phase="judging", log_path=self._log_path)
+    async def judge(self, handle: Handle, shaping: Mapping[str, Any] | None = None) -> tuple[Judgement, ...]:
+        call = self.actor.judge.remote(handle, shaping)
+        return await answer(call, worker=self.name, phase="judging", log_path=self._log_path)
 
     async def seconds(self) -> Seconds:
         return await answer(self.actor.seconds.remote(), worker=self.name, phase="seconds", log_path=self._log_path)

@@ -29,6 +29,11 @@ class PackedGroup:
     finish_reasons_G: tuple[str, ...]
     texts_G: tuple[str, ...]
 
+    @property
+    def num_response_tokens_G(self) -> list[int]:
+        ends = np.cumsum(self.lengths_G)
+        return [int(self.loss_mask[end - n : end].sum()) for end, n in zip(ends, self.lengths_G, strict=True)]
+
 
 def pack_group(group: RolloutGroup) -> PackedGroup:
     rollouts = group.rollouts

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlpost.config import DatasetData, GeneratedData, RecipeError
+from rlpost.config import DatasetData, GeneratedData, RecipeError, VerifierConfig
 from rlpost.data.sources import ShuffledPrompts, check_golds, load_dataset_prompts, load_generated
 from rlpost.types import Prompt
 
@@ -85,8 +85,8 @@ def code_prompt(solution: str) -> Prompt:
 def test_golds_their_own_verifier_rejects_are_refused_or_left_out_as_the_recipe_says() -> None:
     good, bad = code_prompt("def f(x):\n    return 2 * x"), code_prompt("def f(x):\n    return x")
     with pytest.raises(RecipeError, match=r"1 of 2 gold answers are rejected by their own verifier"):
-        check_golds([good, bad], max_rejected=0.0, deadline_s=5.0, workers=1)
-    assert check_golds([good, bad], max_rejected=0.5, deadline_s=5.0, workers=1) == [good]
+        check_golds([good, bad], max_rejected=0.0, verifier=VerifierConfig())
+    assert check_golds([good, bad], max_rejected=0.5, verifier=VerifierConfig()) == [good]
 
 
 def test_generated_prompts_are_distinct_and_families_take_turns() -> None:
@@ -103,7 +103,7 @@ def test_generated_prompts_are_distinct_and_families_take_turns() -> None:
 def test_every_gold_of_gsm8k_and_mbpp_is_accepted_by_its_own_verifier(data_dir: Path) -> None:
     gsm8k = math_data(data_dir / "gsm8k_test.jsonl.gz", prompt="{problem}")
     prompts = load_dataset_prompts(gsm8k, ByteTokenizer())
-    assert len(check_golds(prompts, max_rejected=0.0, deadline_s=5.0, workers=1)) == 1319
+    assert len(check_golds(prompts, max_rejected=0.0, verifier=VerifierConfig())) == 1319
     mbpp = DatasetData(
         source="dataset",
         path=str(data_dir / "mbpp_sanitized.jsonl.gz"),
@@ -115,4 +115,4 @@ def test_every_gold_of_gsm8k_and_mbpp_is_accepted_by_its_own_verifier(data_dir: 
         max_prompts=100,
     )
     prompts = load_dataset_prompts(mbpp, ByteTokenizer())
-    assert len(check_golds(prompts, max_rejected=0.0, deadline_s=10.0, workers=1)) == 100
+    assert len(check_golds(prompts, max_rejected=0.0, verifier=VerifierConfig())) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.pipeline.seeds import derive_seed
-from rlpost.types import Judgement, RolloutGroup, WeightUpdate
+from rlpost.types import Judgement, Rollout, RolloutGroup, WeightUpdate
 from tests.pipeline.conftest import PROMPTS, Run, make_stage, parity_judge
 
 MakeRun = Callable[..., Run]
@@ -283,6 +284,26 @@ def test_a_sampler_that_never_answers_is_lost_by_its_deadline(make_run: MakeRun)
     limits = Limits(sample_s=2.0)
     run = make_run([make_stage(steps=2)], wrap_sampler=lambda s: Silent(s, 0), restart=restart, limits=limits).start()
     assert "no answer within 2 s" in run.tracker.events("sampler_lost")[0]["detail"]
+
+
+def test_a_shaped_reward_moves_the_weights_and_accuracy_is_still_reported(make_run: MakeRun) -> None:
+    """Nobody is ever right, so a plain reward has no signal; half a point for a well-formed answer has."""
+
+    def never_right(group: RolloutGroup, rollout: Rollout) -> Judgement:
+        well_formed = parity_judge(group, rollout).reward
+        return Judgement(reward=0.0, outcome="wrong", parts={"accuracy": 0.0, "format": well_formed})
+
+    table: dict[str, Any] = {"accuracy": 1.0, "format": 0.5, "thinking_format": 0.0, "max_tokens": 4}
+    table |= {"cosine_length": None, "overlong": None, "repetition": None}
+    stage = make_stage(steps=2, max_tokens=4, group_size=8)
+    plain = make_run([stage], judge=never_right).start()
+    shaped = make_run([dataclasses.replace(stage, shaping=table)], judge=never_right).start()
+    for run, signal in ((plain, False), (shaped, True)):
+        for row in run.tracker.of("step"):
+            assert (row["reward/accuracy/mean"], row["reward/mean"] != 0.0) == (0.0, signal)
+            assert (row["reward/frac_zero_std"] < 1.0) == signal
+    row = shaped.tracker.of("step")[0]
+    assert row["reward/mean"] == pytest.approx(0.5 * row["reward/format/mean"])
 
 
 def test_a_broken_verifier_is_counted_and_stops_the_run_past_the_limit(make_run: MakeRun) -> None:

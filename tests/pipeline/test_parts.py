@@ -11,7 +11,7 @@ from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.pipeline.seeds import derive_seed
-from rlpost.pipeline.step_metrics import StepRecord, verdict
+from rlpost.pipeline.step_metrics import StepRecord, percentile, verdict
 
 
 class Clock:
@@ -75,6 +75,13 @@ def test_seeds_differ_by_every_name_and_fit_an_int64() -> None:
     assert len(seeds) == 2 * 2 * 100 * 25
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+@pytest.mark.parametrize(("percent", "value"), [(50, 10.0), (95, 19.0), (100, 20.0), (1, 1.0)])
+def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(percent: int, value: float) -> None:
+    """Of 1 to 20: ten values are at most 10, nineteen (95 %) at most 19."""
+    assert percentile([float(n) for n in range(20, 0, -1)], percent) == value
+    assert percentile([3.0], percent) == 3.0
 
 
 def record(waited_s: float, sampler: dict[str, float], evaluating_s: float = 0.0) -> StepRecord:

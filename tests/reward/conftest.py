@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from reward import RewardPool
+from reward import RewardPool, TaskLimits
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RewardPool]:
-    with RewardPool(num_workers=1, deadline_s=10.0) as shared:
+    with RewardPool(math=TaskLimits(deadline_s=10.0), code=TaskLimits(deadline_s=10.0)) as shared:
         yield shared
 
 
 @pytest.fixture(scope="session")
 def hasty_pool() -> Iterator[RewardPool]:
-    with RewardPool(num_workers=1, deadline_s=1.0) as shared:
+    with RewardPool(math=TaskLimits(deadline_s=1.0), code=TaskLimits(deadline_s=1.0)) as shared:
         yield shared

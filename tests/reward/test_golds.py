@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from reward import Outcome, RewardPool, gold_response
+from reward import Outcome, RewardPool, TaskLimits, gold_response
 from reward.mathematics import quick
+from tests.reward.mutations import mutants, passes
 
 pytestmark = pytest.mark.data
 
@@ -51,5 +52,26 @@ def test_reference_solutions_are_accepted(data_dir: Path, name: str, count: int)
     records = read(data_dir, name)
     assert len(records) == count
     # mbpp/123 and a few others compute for seconds.
-    with RewardPool(num_workers=2, deadline_s=60.0) as pool:
+    with RewardPool(code=TaskLimits(workers=2, deadline_s=60.0)) as pool:
         assert rejected(pool, "code", records) == {}
+
+
+@pytest.mark.parametrize(("name", "every"), [("mbpp", 20), ("humaneval", 5)])
+def test_mutations_are_right_exactly_where_their_tests_pass(data_dir: Path, name: str, every: int) -> None:
+    """Two one-place mutations of a sample of golds; the truth by a plain interpreter. All of them: benchmarks/code_mutations.py"""
+    records = read(data_dir, name)[::every]
+    items = [
+        (record, mutant)
+        for seed, record in enumerate(records)
+        for mutant in mutants(record["reference_solution"], limit=2, seed=seed)
+    ]
+    truths = [passes(mutant, record, limit_s=3.0) for record, mutant in items]
+    assert truths.count(False) > len(items) // 2
+    with RewardPool(code=TaskLimits(workers=2, deadline_s=3.0)) as pool:
+        verdicts = pool.score_many([("code", f"```python\n{mutant}\n```", record) for record, mutant in items])
+    wrong = [
+        f"{record['id']}: {verdict.outcome} where a plain interpreter says {truth}\n{mutant}"
+        for (record, mutant), truth, verdict in zip(items, truths, verdicts, strict=True)
+        if verdict.reward != float(truth is True)
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -8,7 +8,8 @@ import pytest
 
 from reward import check_reference
 from reward.child import wire
-from reward.programs import extract_program, plan_reference
+from reward.fences import extract_program
+from reward.programs import plan_reference
 
 CODE = "def f(x):\n    return x\n"
 RESPONSES = [
@@ -100,6 +101,12 @@ BAD_REFERENCES = [
     ({"tests": ["def check(candidate):\n    assert candidate(1)\nf"]}, "never calls"),
     ({"tests": ["assert f(1)"], "setup": "def"}, "setup"),
     ({"tests": [{"input": "1"}]}, "'input' and 'output'"),
+    ({"tests": [{"input": "1", "output": "1"}], "entry_point": "a.b.c"}, "Class.method"),
+    ({"tests": [{"input": "1", "output": "[1"}], "entry_point": "f"}, r"\['output'\] is not one JSON value"),
+    ({"tests": [{"input": "1\nx", "output": "1"}], "entry_point": "f"}, r"\['input'\] is not one JSON value"),
+    ({"tests": [{"input": "1", "output": "NaN"}], "entry_point": "f"}, "equals nothing"),
+    ({"tests": [{"input": "1", "output": "1"}], "float_tolerance": 2}, "float_tolerance"),
+    ({"tests": [{"input": "1" * 2_000_000, "output": "1"}]}, "characters of input"),
 ]
 
 
