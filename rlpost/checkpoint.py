@@ -20,6 +20,7 @@ from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.ports import Learner
 
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
+EXPORTS = "exports"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class RunCheckpoints:
         on_event: Callable[..., None],
         keep: int = 2,
     ) -> None:
-        self._root, self._exports = run_dir / "checkpoints", run_dir / "exports"
+        self._root, self._exports = run_dir / "checkpoints", run_dir / EXPORTS
         self._fingerprints, self._on_event, self._keep = tuple(fingerprints), on_event, keep
         self.last_step: int | None = None
 
@@ -92,6 +93,11 @@ class RunCheckpoints:
                 f"no room for a checkpoint: {free >> 20} MiB free at {self._root}, the last one took {need >> 20} MiB."
                 " Free some space and run again with --resume"
             )
+
+
+def exported(run_dir: Path, stage: str) -> bool:
+    """Whether `stage` left its Hugging Face directory, whole."""
+    return (run_dir / EXPORTS / stage).is_dir()
 
 
 def seal(directory: Path) -> None:

@@ -66,21 +66,45 @@ class GeneratedData(_Table):
     """Distinct draws; ordinals beyond it start the next, reshuffled epoch."""
 
 
-class DatasetData(_Table):
+class FileData(_Table):
     """A dataset by hub name, or a local .json, .jsonl, .jsonl.gz or .parquet file."""
 
-    source: Literal["dataset"]
     path: str
-    task: Literal["math", "code"]
     prompt: str
     """Text for the policy; {column} stands for a column of the dataset."""
     config: str | None = None
     """Name of the hub dataset's configuration."""
     split: str = "train"
+    chat: bool = False
+    """Wrap the prompt in the model's chat template as the user's turn."""
+    max_prompts: Positive | None = None
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out and counted."""
+
+
+class PairData(FileData):
+    """Prompts with two responses, one preferred: for dpo, and, as demonstrations of the preferred one, for sft.
+
+    Pairs that are empty on one side, the same on both, or longer than the stage's max_response_tokens are left out and
+    counted (event `data_left_out`); nothing is cut.
+    """
+
+    source: Literal["pairs"]
+    chosen: str
+    """Column with the preferred response."""
+    rejected: str
+    """Column with the other one."""
+
+
+class DatasetData(FileData):
+    """Prompts whose responses a verifier can judge."""
+
+    source: Literal["dataset"]
+    task: Literal["math", "code"]
     answer: str | None = None
     """math: the column with the gold answer."""
-    answer_after: str | None = None
-    """math: keep only what follows this marker in the answer column ("####" in GSM8K)."""
+    answer_after: str = ""
+    """math: keep only what follows this marker in the answer column ("####" in GSM8K); empty keeps all."""
     tests: str | None = None
     """code: the column with the list of assert statements."""
     setup: str | None = None
@@ -91,11 +115,6 @@ class DatasetData(_Table):
     """code: the column with the function's name, where the tests need it."""
     demonstration: str | None = None
     """Column with a worked response, for supervised stages."""
-    chat: bool = False
-    """Wrap the prompt in the model's chat template as the user's turn."""
-    max_prompts: Positive | None = None
-    max_prompt_tokens: Positive = 1024
-    """Longer prompts are left out and counted."""
     max_rejected_golds: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of gold answers that their own verifier may reject. Those prompts are left out; more stops the run."""
 
@@ -108,7 +127,7 @@ class DatasetData(_Table):
         return self
 
 
-DataConfig = Annotated[GeneratedData | DatasetData, Field(discriminator="source")]
+DataConfig = Annotated[GeneratedData | DatasetData | PairData, Field(discriminator="source")]
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
@@ -197,25 +216,108 @@ class DeadlineConfig(_Table):
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-class GRPO(_Table):
-    name: Literal["grpo"]
+class Sampled(_Table):
+    """What every algorithm that learns from its own rollouts is asked."""
+
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts per prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the weights updated and the oldest token trained on; 0 is synchronous."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    clip_low: Annotated[float, Field(gt=0)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
-    proximal: Literal["sampler", "learner"] = "sampler"
-    """Centre of the trust region; see core/objective.py."""
-    tis_cap: Annotated[float, Field(gt=0)] = 2.0
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    normalize_std: bool = True
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    truncated: Literal["train", "mask"] = "train"
+    """Rollouts cut at the token limit: train on them as on others, or leave them out of the loss."""
     refill: bool = False
     """Replace groups without signal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: Annotated[float, Field(gt=0)] | None = None
     """Let finished groups overtake a straggler the learner has waited for this long."""
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        return self.group_size
+
+
+class GRPO(Sampled):
+    """Group-relative policy gradient; docs/algorithms.md names the combinations, core/objective.py has the equations."""
+
+    name: Literal["grpo"]
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std"] = "group_std"
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip: Literal["ppo", "cispo"] = "ppo"
+    clip_low: Annotated[float, Field(gt=0)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    proximal: Literal["sampler", "learner"] = "sampler"
+    weight_level: Literal["token", "sequence"] = "token"
+    weight_form: Literal["truncated", "masked"] = "truncated"
+    weight_low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_high: Annotated[float, Field(ge=1)] = 2.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Of the KL to the policy at the start of the stage."""
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+    @model_validator(mode="after")
+    def _combination(self) -> GRPO:
+        if self.clip == "cispo" and self.dual_clip is not None:
+            raise ValueError('dual_clip bounds what clip = "ppo" leaves open; clip = "cispo" leaves nothing: drop one')
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                'kl_estimator = "k1" in the loss has the gradient of log pi alone: the reference has no say in it. Use'
+                ' kl_place = "reward", or "k2" (the gradient of KL(policy || reference)) or "k3"'
+            )
+        if self.kl_place == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f'kl_estimator = "{self.kl_estimator}" in the reward does not have the gradient of a KL: use "k1", which'
+                ' does, or kl_place = "loss"'
+            )
+        if self.advantage == "batch_std" and self.kl_coef and self.kl_place == "loss":
+            raise ValueError(
+                'advantage = "batch_std" divides the whole gradient when the step is complete, KL included: use'
+                ' kl_place = "reward" with kl_estimator = "k1", where the KL is scaled as the reward is, or kl_coef = 0'
+            )
+        return self
+
+
+class Pairs(_Table):
+    """Learning from pairs; docs/algorithms.md names the methods, core/preference.py has the equations."""
+
+    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    nll_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Of the negative log-likelihood of the chosen response, per token."""
+
+    @model_validator(mode="after")
+    def _has_meaning(self) -> Pairs:
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise ValueError(f'label_smoothing has no meaning in loss = "{self.loss}": leave it out')
+        if self.gamma and self.loss != "simpo":
+            raise ValueError(f'gamma is the margin of loss = "simpo" and has no meaning in "{self.loss}": leave it out')
+        return self
+
+
+class DPO(Pairs):
+    """From the pairs of a data set."""
+
+    name: Literal["dpo"]
+    use_idle_cores: bool = True
+    """Let the learner's threads use all cores: samplers have nothing to do."""
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        return 2
+
+
+class OnlineDPO(Pairs, Sampled):
+    """From pairs of its own rollouts: of each group the best against the worst by verified reward."""
+
+    name: Literal["online_dpo"]
+    min_gap: Annotated[float, Field(ge=0)] = 0.0
+    """Least difference of the two rewards; ties are never a pair."""
+    min_chosen: float | None = None
+    """Least reward of the chosen response."""
 
 
 class SFT(_Table):
@@ -224,8 +326,12 @@ class SFT(_Table):
     use_idle_cores: bool = True
     """Let the learner's threads use all cores: samplers have nothing to do."""
 
+    @property
+    def rollouts_per_prompt(self) -> int:
+        return 1
 
-Algo = Annotated[GRPO | SFT, Field(discriminator="name")]
+
+Algo = Annotated[GRPO | OnlineDPO | DPO | SFT, Field(discriminator="name")]
 
 
 class CosineLengthConfig(_Table):
@@ -281,8 +387,10 @@ class StageConfig(_Table):
 
     @model_validator(mode="after")
     def _reward_fits(self) -> StageConfig:
-        if self.reward is not None and not isinstance(self.algo, GRPO):
-            raise ValueError(f"stage {self.name!r} is supervised and has no reward to shape: remove its reward table")
+        if self.reward is not None and not isinstance(self.algo, Sampled):
+            raise ValueError(
+                f"stage {self.name!r} learns from given responses and has no reward to shape: remove its reward table"
+            )
         overlong = self.reward and self.reward.overlong
         if overlong and overlong.buffer_tokens > self.max_response_tokens:
             raise ValueError(
@@ -337,12 +445,15 @@ class Recipe(_Table):
                 raise ValueError(f"names must differ, got {names}")
         for stage in self.stage:
             _check_batch(stage, self.learner)
+            _check_data(stage.name, self.data[stage.data], stage.algo)
+        for item in self.eval:
+            _check_data(item.name, self.data[item.data], None)
         return self
 
 
 def _check_batch(stage: StageConfig, learner: LearnerConfig) -> None:
     """All batch arithmetic, in one place. Uneven splits over ranks are fine; these are what cannot work."""
-    rollouts = stage.prompts_per_step * (stage.algo.group_size if isinstance(stage.algo, GRPO) else 1)
+    rollouts = stage.prompts_per_step * stage.algo.rollouts_per_prompt
     if rollouts < learner.ranks:
         need = -(-learner.ranks // (rollouts // stage.prompts_per_step))
         raise ValueError(
@@ -355,6 +466,17 @@ def _check_batch(stage: StageConfig, learner: LearnerConfig) -> None:
             f" not fit learner.micro_batch_tokens = {learner.micro_batch_tokens}. Use micro_batch_tokens >="
             f" {2 * stage.max_response_tokens}, or max_response_tokens <= {learner.micro_batch_tokens // 2}"
         )
+
+
+def _check_data(name: str, data: DataConfig, algo: Algo | None) -> None:
+    """Pairs are for what learns from given responses; an evaluation has no algorithm."""
+    if isinstance(algo, DPO) and not isinstance(data, PairData):
+        raise ValueError(
+            f'stage {name!r}: algo = "dpo" needs data with source = "pairs", not {data.source!r}. To learn from the'
+            ' policy\'s own rollouts, use algo = "online_dpo"'
+        )
+    if isinstance(data, PairData) and not isinstance(algo, DPO | SFT):
+        raise ValueError(f'{name!r} needs prompts that a verifier can judge; source = "pairs" has none')
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -455,7 +577,7 @@ def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
 
 
 _TABLES = (
-    Recipe, StageConfig, EvalConfig, GRPO, SFT, RewardConfig, CosineLengthConfig, OverlongConfig, RepetitionConfig,
-    ModelConfig, BuildConfig, GeneratedData, DatasetData, SamplerConfig, LearnerConfig, OptimizerConfig, VerifierConfig,
-    CodeVerifierConfig, TrackingConfig, DeadlineConfig,
+    Recipe, StageConfig, EvalConfig, GRPO, OnlineDPO, DPO, SFT, RewardConfig, CosineLengthConfig, OverlongConfig,
+    RepetitionConfig, ModelConfig, BuildConfig, GeneratedData, DatasetData, PairData, SamplerConfig, LearnerConfig,
+    OptimizerConfig, VerifierConfig, CodeVerifierConfig, TrackingConfig, DeadlineConfig,
 )  # fmt: skip

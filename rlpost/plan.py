@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from rlpost.config import GRPO, DatasetData, GeneratedData, Recipe, RecipeError
+from rlpost.config import DataConfig, GeneratedData, Recipe, RecipeError, Sampled
 
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
@@ -60,8 +60,8 @@ def check_resources(recipe: Recipe, resources: Resources) -> None:
         )
 
 
-def max_prompt_tokens(data: GeneratedData | DatasetData) -> int:
-    return data.max_prompt_tokens if isinstance(data, DatasetData) else GENERATED_PROMPT_TOKENS
+def max_prompt_tokens(data: DataConfig) -> int:
+    return GENERATED_PROMPT_TOKENS if isinstance(data, GeneratedData) else data.max_prompt_tokens
 
 
 def max_model_len(recipe: Recipe) -> int:
@@ -118,16 +118,16 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     for column in columns:
         stages.add_column(column)
     for stage in recipe.stage:
-        grpo = stage.algo if isinstance(stage.algo, GRPO) else None
+        sampled = stage.algo if isinstance(stage.algo, Sampled) else None
         stages.add_row(
             stage.name,
             stage.algo.name,
             stage.data,
             str(stage.steps),
             str(stage.prompts_per_step),
-            str(stage.prompts_per_step * (grpo.group_size if grpo else 1)),
-            str(grpo.max_staleness) if grpo else "-",
-            f"<= {(grpo.max_staleness + 1) * stage.prompts_per_step}" if grpo else "-",
+            str(stage.prompts_per_step * stage.algo.rollouts_per_prompt),
+            str(sampled.max_staleness) if sampled else "-",
+            f"<= {(sampled.max_staleness + 1) * stage.prompts_per_step}" if sampled else "-",
             f"{stage.lr:g}",
         )
     workers = Table(title="workers", title_justify="left")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,9 +24,11 @@ from typing import Any
 
 from rich.console import Console
 
-from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
-from rlpost.config import GRPO, GeneratedData, Recipe, RecipeError, StageConfig
+from rlpost.checkpoint import Checkpoint, RunCheckpoints, exported, latest_checkpoint
+from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.preference import Preference
+from rlpost.data.pairs import load_pairs
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
 from rlpost.engines.pretrained import check_model_directory
 from rlpost.pipeline.buffer import StagePlan
@@ -65,6 +68,8 @@ class _Plan:
 
     stages: tuple[Stage, ...]
     eval_sets: tuple[EvalSet, ...]
+    left_out: Mapping[str, Mapping[str, int]]
+    """Per data set of pairs, how many were left out for which reason."""
     start: Checkpoint | None
 
 
@@ -75,6 +80,8 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         RecipeError: when the recipe, its model or its data cannot be used; nothing was started then.
     """
     started = time.perf_counter()
+    # transformers imports DeepSpeed where it is installed, which then looks for accelerators; this process needs none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_dir = recipe.directory.resolve()
     checkpoint = _open_run_directory(recipe, run_dir, resume=resume, console=console)
     model_path = _model_directory(recipe, run_dir)
@@ -108,6 +115,9 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
                 tracker.log(
                     "event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)}
                 )
+                for name, reasons in plan.left_out.items():
+                    if reasons:
+                        tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
                 code = _supervise(recipe, plan, workers, tracker, run_dir, console)
     if code == 0:
         console.print(summarize_run(run_dir))
@@ -199,7 +209,9 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
     )
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
-    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage):
+    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
+        run_dir, recipe.stage[-1].name
+    ):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
 
@@ -255,7 +267,8 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
             f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
         )
     used = {stage.data for stage in recipe.stage}
-    prompts = {name: _load(recipe, name, tokenizer) for name in used | {item.data for item in recipe.eval}}
+    left_out: dict[str, Mapping[str, int]] = {}
+    prompts = {name: _load(recipe, name, tokenizer, left_out) for name in used | {item.data for item in recipe.eval}}
     stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
     if checkpoint is not None:
         for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
@@ -273,11 +286,16 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
         )
         for item in recipe.eval
     )
-    return _Plan(stages=stages, eval_sets=eval_sets, start=checkpoint)
+    return _Plan(stages=stages, eval_sets=eval_sets, left_out=left_out, start=checkpoint)
 
 
-def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
+def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
+    """The prompts of one data set; what was left out of it, by reason, is added to `left_out`."""
     config = recipe.data[name]
+    if isinstance(config, PairData):
+        longest = min(stage.max_response_tokens for stage in recipe.stage if stage.data == name)
+        pairs, left_out[name] = load_pairs(config, tokenizer, max_response_tokens=longest)
+        return pairs
     if isinstance(config, GeneratedData):
         # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
         seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
@@ -292,15 +310,9 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> list[Prompt]:
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
     algo, learner = config.algo, recipe.learner
-    sampled = isinstance(algo, GRPO)
-    objective: Objective
-    if isinstance(algo, GRPO):
-        names = {field.name for field in dataclasses.fields(PolicyGradient)}
-        objective = PolicyGradient(**algo.model_dump(include=names))
-    else:
-        objective = Supervised(aggregation=algo.aggregation)
-        if any(prompt.demonstration_ids is None for prompt in prompts):
-            raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
+    sampled = isinstance(algo, Sampled)
+    if isinstance(algo, SFT) and any(prompt.demonstration_ids is None for prompt in prompts):
+        raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
     return Stage(
@@ -312,12 +324,12 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         ),
         prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
         spec=StageSpec(
-            objective=objective,
+            objective=objective_of(algo),
             optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
         ),
-        group_size=algo.group_size if sampled else 1,
+        group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,
         lr=config.lr,
         lr_warmup_steps=config.lr_warmup_steps,
@@ -326,6 +338,13 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
     )
+
+
+def objective_of(algo: Algo) -> Objective:
+    """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
+    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised if isinstance(algo, SFT) else Preference
+    names = {field.name for field in dataclasses.fields(objective)}
+    return objective(**algo.model_dump(include=names))
 
 
 def _settings(recipe: Recipe) -> RunSettings:
@@ -347,13 +366,17 @@ def _ray(recipe: Recipe) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray would run its workers at nice 15: whatever else this machine does would starve the run.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # That Ray's token authentication is on asks nothing of anyone.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     import ray
 
-    if recipe.ray_address is not None:
-        ray.init(address=recipe.ray_address, log_to_driver=False)
-    else:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
+    with contextlib.ExitStack() as cleanup:
+        if recipe.ray_address is not None:
+            ray.init(address=recipe.ray_address, log_to_driver=False)
+        else:
+            from rlpost.workers.orphans import ended_with_this_process
+
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            cleanup.enter_context(ended_with_this_process())
+        cleanup.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()

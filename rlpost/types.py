@@ -32,6 +32,8 @@ class Prompt:
     """What the verifier needs. The policy never sees it."""
     demonstration_ids: tuple[int, ...] | None = None
     """[L] tokens of a response to imitate, end token included, where the source has one (supervised stages train on it)."""
+    rejected_ids: tuple[int, ...] | None = None
+    """[L] tokens of a worse response than the demonstration, end token included, where the source has pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,19 +166,15 @@ def test_a_killed_sampler_is_replaced_and_a_killed_learner_ends_the_run_with_its
     assert steps_seen == sorted(set(steps_seen)), "a step is missing or there twice after the resume"
 
 
-def test_a_driver_killed_outright_leaves_no_worker(command: Callable[..., Command]) -> None:
-    """Ray's own agents, which hold no model, end on their own schedule."""
+def test_a_driver_killed_outright_leaves_no_process(command: Callable[..., Command]) -> None:
     run = command(*LONG)
     run.wait_for(lambda: len(run.rows()) > 1)
     run.look()
-    workers = [
-        p for p in run.tree.values() if any(w in " ".join(_cmdline(p)) for w in ("ray::_", "zygote", "raylet/raylet"))
-    ]
-    assert len(workers) > 3
+    assert len(run.tree) > 8
     os.kill(run.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
     run.process.wait(10)
-    while (left := [p for p in workers if p.is_running()]) and time.monotonic() < deadline:
+    while (left := [p for p in run.tree.values() if p.is_running()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
 

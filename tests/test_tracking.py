@@ -544,7 +544,7 @@ class Group:
 
 
 def full_record() -> StepRecord:
-    """A step with everything that can be measured: two tasks, two ages, a reference, a publish."""
+    """A step with everything that can be measured: two tasks, two ages, a reference, pairs, a publish."""
     tally = Tally(maxima={"gap": 0.5, "ratio": 1.5, "age": 3.0})
     names = (
         "loss",
@@ -553,9 +553,17 @@ def full_record() -> StepRecord:
         "kl_k3",
         "gap",
         "ratio_out",
+        "clipped",
         "clipped_low",
-        "clipped_high",
-        "truncated_weight",
+        "clipped_dual",
+        "weight_truncated",
+        "weight_masked",
+        "pairs",
+        "pairs_skipped",
+        "pairs_right",
+        "margin",
+        "chosen_logprob",
+        "rejected_logprob",
     )
     tally.add(tokens=16.0, **dict.fromkeys(names, 1.0))
     tally.add(**{f"{name}_age_{age}": 4.0 for name in ("tokens", "gap") for age in range(4)})
@@ -568,6 +576,7 @@ def full_record() -> StepRecord:
         report=StepReport(grad_norm=1.0, tally=tally),
         groups=(Group("math", 7), Group("code", 5)),
         seconds=2.0,
+        evaluating_s=0.0,
         waited_s=0.5,
         buffer={"in_flight": 1, "buffered": 2, "admitted": 9, "trained": 4, "filtered": 1, "failed": 1},
         export=Export(version=8, handle=None, num_bytes=100, unchanged_fraction=0.9),

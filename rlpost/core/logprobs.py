@@ -1,65 +1,114 @@
-"""Log-probs of sampled tokens. Axes: B rows, T positions, V vocabulary."""
+"""Log-probs of sampled tokens, from hidden states. Axes: N scored tokens, H hidden, V vocabulary."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+WORKSPACE_ELEMENTS = 2**26
+"""Logits held at a time, about: 256 MiB in float32, and up to three times that while they are worked on."""
 
 
-class _SelectedLogprobs(torch.autograd.Function):
-    """log softmax(logits / T)[token], keeping no [B, T, V] tensor for backward but the logits themselves.
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax((h W^T + bias) / T)[token]. Nothing of size V is kept: backward computes the logits again.
 
-    Backward recomputes the softmax chunk by chunk: d/dlogits = (onehot(token) - softmax(logits / T)) / T.
-    A plain chunk loop under autograd would keep every chunk's fp32 softmax alive.
+    Of each chunk of tokens the logits are computed, reduced and forgotten. Saved for backward are the inputs and the
+    normalizer Z of each token; with it d/dlogits = (onehot(token) - exp(logits / T - log Z)) / T needs no reduction.
     """
 
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, token_ids_N: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
-        logprobs, entropies = [], []
-        for logits, ids in zip(logits_NV.split(chunk), token_ids_N.split(chunk), strict=True):
-            log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
-            logprobs.append(log_softmax.gather(-1, ids[:, None]).squeeze(-1))
-            entropies.append(-(log_softmax.exp() * log_softmax).sum(-1))
-        ctx.save_for_backward(logits_NV, token_ids_N)
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        ids_N: Tensor,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, normalizers = [], [], []
+        for hidden, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk), strict=True):
+            scaled = _scaled_logits(hidden, weight_VH, bias_V, temperature)
+            log_softmax = torch.log_softmax(scaled, dim=-1)
+            picked, logprob = (x.gather(-1, ids[:, None])[:, 0] for x in (scaled, log_softmax))
+            logprobs.append(logprob)
+            normalizers.append(picked - logprob)
+            entropies.append(-torch.exp(log_softmax, out=scaled).mul_(log_softmax).sum(-1))
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, ids_N, torch.cat(normalizers))
         ctx.temperature, ctx.chunk = temperature, chunk
         entropies_N = torch.cat(entropies)
         ctx.mark_non_differentiable(entropies_N)
         return torch.cat(logprobs), entropies_N
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor):
-        grad_N, _ = grad_outputs
-        logits_NV, token_ids_N = ctx.saved_tensors
-        grads_NV = torch.empty_like(logits_NV)
-        chunks = zip(
-            logits_NV.split(ctx.chunk),
-            token_ids_N.split(ctx.chunk),
-            grad_N.split(ctx.chunk),
-            grads_NV.split(ctx.chunk),
-            strict=True,
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, ids_N, log_normalizer_N = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad_hidden_NH = torch.empty_like(hidden_NH) if of_hidden else None
+        # Chunks add up in at least float32, whatever dtype they are computed in.
+        wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if of_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if of_bias else None
+        for start in range(0, len(ids_N), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            hidden, ids, scale = hidden_NH[rows], ids_N[rows], (grad_outputs[0][rows] / ctx.temperature)[:, None]
+            scaled = _scaled_logits(hidden, weight_VH, bias_V, ctx.temperature)
+            scaled -= log_normalizer_N[rows, None]
+            grad_logits = scaled.exp_().mul_(-scale).scatter_add_(-1, ids[:, None], scale)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden_NH is not None:
+                torch.mm(grad_logits, weight_VH, out=grad_hidden_NH[rows])
+            if grad_weight_VH is not None:
+                if wide == hidden.dtype:
+                    grad_weight_VH.addmm_(grad_logits.t(), hidden)
+                else:
+                    grad_weight_VH += grad_logits.t() @ hidden
+        return (
+            grad_hidden_NH,
+            None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
+            None if bias_V is None or grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
+            None,
+            None,
+            None,
         )
-        for logits, ids, grad, out in chunks:
-            probs = torch.softmax(logits.float() / ctx.temperature, dim=-1)
-            probs.neg_()
-            probs.scatter_add_(-1, ids[:, None], torch.ones_like(probs[:, :1]))
-            out.copy_(probs * (grad[:, None] / ctx.temperature))
-        return grads_NV, None, None, None
 
 
-def selected_logprobs(
-    logits_NV: Tensor, token_ids_N: Tensor, *, temperature: float, chunk: int = 1024
+def _scaled_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    """Logits / T in at least float32, in memory of their own: callers write to it."""
+    logits = linear(hidden_NH, weight_VH, bias_V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def token_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    token_ids_N: Tensor,
+    *,
+    temperature: float,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each token under softmax(logits / temperature), and the entropy of that distribution.
 
-    The temperature divides the logits, as the sampler does; dividing log-probs afterwards is not the same distribution.
+    The output layer is part of it, so that logits live for one chunk of tokens only, in forward and in backward; the
+    price is computing them twice. The temperature divides the logits, as the sampler does; dividing log-probs afterwards
+    is not the same distribution.
 
     Args:
-        logits_NV: one row per scored token, any float dtype; reduced in float32.
+        hidden_NH: one row per scored token, any float dtype; logits are reduced in float32.
+        weight_VH, bias_V: the output layer's.
         token_ids_N: the token sampled from each row.
-        chunk: rows processed at a time; bounds the float32 workspace to chunk x V.
+        chunk: tokens at a time; default: as many as WORKSPACE_ELEMENTS logits hold.
 
     Returns:
         logprobs_N (differentiable) and entropies_N in nats (not differentiable), float32.
     """
-    assert logits_NV.shape[:1] == token_ids_N.shape, (logits_NV.shape, token_ids_N.shape)
-    return _SelectedLogprobs.apply(logits_NV, token_ids_N, temperature, chunk)
+    assert hidden_NH.shape == (*token_ids_N.shape, weight_VH.shape[1]), (hidden_NH.shape, weight_VH.shape)
+    chunk = chunk or max(1, WORKSPACE_ELEMENTS // weight_VH.shape[0])
+    return _TokenLogprobs.apply(hidden_NH, weight_VH, bias_V, token_ids_N, temperature, chunk)

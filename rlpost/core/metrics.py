@@ -14,6 +14,14 @@ MISMATCH_EDGES = torch.logspace(-4, 1, 51)
 """Bin edges of the |sampler - learner| log-prob histogram; its percentiles are read off these."""
 AGE_BUCKETS = 4
 """Ages 0, 1, 2 and "3 or more" are told apart."""
+OPTIONAL_SHARES = {
+    "clipped": "actor/pg_clipfrac",
+    "clipped_low": "actor/pg_clipfrac_lower",
+    "clipped_dual": "actor/pg_clipfrac_dual",
+    "weight_truncated": "mismatch/weight_truncated_share",
+    "weight_masked": "mismatch/weight_masked_share",
+}
+"""Sums that only some objectives report, and the share of tokens each becomes."""
 
 
 @dataclass(slots=True)
@@ -48,40 +56,24 @@ class StepReport:
     tally: Tally
 
 
-def tally_policy(
-    batch: TrainingBatch,
-    logprobs_BT: Tensor,
-    proximal_logprobs_BT: Tensor,
-    entropies_BT: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    tis_cap: float,
-) -> Tally:
-    """The policy-gradient figures of one micro-batch: entropy, mismatch by age, ratio tails, clipping.
+def tally_policy(batch: TrainingBatch, logprobs_BT: Tensor, entropies_BT: Tensor) -> Tally:
+    """Entropy of the policy and its mismatch with the sampler in one micro-batch, by age.
 
-    Mismatch is that of the policy and the sampler; clipping and truncation are counted where the loss does them, on
-    policy / proximal and proximal / sampler (see `core.losses.decoupled_surrogate`).
+    What the objective clipped or cut is counted where it does so (`core.objective`).
     """
     mask_BT = batch.loss_mask_BT
     log_ratios = (logprobs_BT.detach() - batch.sampler_logprobs_BT)[mask_BT]
-    advantages = batch.advantages_B[:, None].expand_as(mask_BT)[mask_BT]
     ages = batch.ages_BT[mask_BT].clamp(max=AGE_BUCKETS - 1)
     tally = Tally()
     if not len(log_ratios):
         return tally
     ratios, gaps = log_ratios.exp(), log_ratios.abs()
-    clip_ratios = (logprobs_BT.detach() - proximal_logprobs_BT)[mask_BT].exp()
-    weights = (proximal_logprobs_BT - batch.sampler_logprobs_BT)[mask_BT].exp()
     tally.add(
         tokens=len(log_ratios),
         entropy=entropies_BT[mask_BT].sum(),
         kl_k3=(ratios - 1 - log_ratios).sum(),
         gap=gaps.sum(),
         ratio_out=((ratios < 0.9) | (ratios > 1.1)).sum(),
-        clipped_low=((clip_ratios < 1 - clip_low) & (advantages < 0)).sum(),
-        clipped_high=((clip_ratios > 1 + clip_high) & (advantages > 0)).sum(),
-        truncated_weight=(weights > tis_cap).sum(),
     )
     for age in ages.unique().tolist():
         tally.add(**{f"tokens_age_{age}": (ages == age).sum(), f"gap_age_{age}": gaps[ages == age].sum()})
@@ -102,18 +94,34 @@ def policy_metrics(tally: Tally) -> dict[str, float]:
     metrics = {
         "actor/entropy": tally.sums["entropy"] / tokens,
         "actor/ppo_kl": tally.sums["kl_k3"] / tokens,
-        "actor/pg_clipfrac": (tally.sums["clipped_low"] + tally.sums["clipped_high"]) / tokens,
-        "actor/pg_clipfrac_lower": tally.sums["clipped_low"] / tokens,
         "mismatch/logprob_gap_mean": tally.sums["gap"] / tokens,
         "mismatch/logprob_gap_p95": float(MISMATCH_EDGES[min(p95_bin, len(MISMATCH_EDGES) - 1)]),
         "mismatch/logprob_gap_max": tally.maxima["gap"],
         "mismatch/ratio_max": tally.maxima["ratio"],
         "mismatch/ratio_outside_10pct": tally.sums["ratio_out"] / tokens,
-        "mismatch/tis_truncated_share": tally.sums["truncated_weight"] / tokens,
         "staleness/token_max": tally.maxima["age"],
     }
+    for name, key in OPTIONAL_SHARES.items():
+        if name in tally.sums:
+            metrics[key] = tally.sums[name] / tokens
     for age in range(AGE_BUCKETS):
         if count := tally.sums.get(f"tokens_age_{age}"):
             metrics[f"staleness/token_share_age_{age}"] = count / tokens
             metrics[f"mismatch/logprob_gap_mean_age_{age}"] = tally.sums[f"gap_age_{age}"] / count
     return metrics
+
+
+def preference_metrics(tally: Tally) -> dict[str, float]:
+    """The figures of a whole step of a preference objective; none for others. Keys as in docs/metrics.md."""
+    if "pairs" not in tally.sums:
+        return {}
+    sums, pairs = tally.sums, max(tally.sums["pairs"], 1.0)
+    return {
+        "preference/loss": sums["loss"] / pairs,
+        "preference/accuracy": sums["pairs_right"] / pairs,
+        "preference/margin": sums["margin"] / pairs,
+        "preference/chosen_logprob": sums["chosen_logprob"] / pairs,
+        "preference/rejected_logprob": sums["rejected_logprob"] / pairs,
+        "preference/pairs": sums["pairs"],
+        "preference/pairs_skipped": sums["pairs_skipped"],
+    }

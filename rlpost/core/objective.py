@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlpost.core.losses import decoupled_surrogate, kl_k3, negative_log_likelihood
+from rlpost.core.advantages import Advantage, batch_scale, group_advantages
+from rlpost.core.kl import kl_terms, kl_to_go
+from rlpost.core.losses import (
+    Level,
+    Surrogate,
+    cispo_surrogate,
+    clipped_surrogate,
+    denominator,
+    importance_ratio,
+    importance_weight,
+    negative_log_likelihood,
+    outside,
+    policy_ratio,
+    weighted_sum,
+)
 from rlpost.core.metrics import Tally, tally_policy
-from rlpost.types import TrainingBatch
+from rlpost.core.preference import Preference, best_against_worst, pairs_of, preference_loss
+from rlpost.types import GroupSummary, Rollout, TrainingBatch
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """Group-relative policy gradient (GRPO); see `core.losses.decoupled_surrogate` for the equation."""
+    """Group-relative policy gradient: w x surrogate(r, A), summed. docs/algorithms.md names the usual combinations."""
 
+    advantage: Advantage = "group_std"
+    """See `core.advantages.group_advantages`."""
+    ratio_level: Level = "token"
+    """r = pi / p of each token, or the geometric mean over its response."""
+    clip: Literal["ppo", "cispo"] = "ppo"
+    """ppo: a clipped token loses its gradient. cispo: the clipped ratio is a weight, and none does."""
     clip_low: float = 0.2
     clip_high: float = 0.28
-    proximal: Literal["sampler", "learner"] = "sampler"
-    """Centre of the trust region. sampler: the policy that drew each token, so clipping bounds all drift since then.
-    learner: the policy at the start of the step; drift before it is corrected by the truncated weight instead."""
-    tis_cap: float = 2.0
-    """Cap of the truncated importance weight; with proximal = "sampler" the weight is 1."""
-    kl_coef: float = 0.0
-    """Weight of KL(policy || policy at the start of the stage) in the loss."""
-    normalize_std: bool = True
+    dual_clip: float | None = None
+    """Bound, above 1, of the ratio of tokens with a negative advantage."""
     aggregation: Aggregation = "token_mean"
+    truncated: Literal["train", "mask"] = "train"
+    """Rollouts cut at the token limit. mask: they count in their group's baseline, and in nothing else."""
+    proximal: Literal["sampler", "learner"] = "sampler"
+    """p, centre of the trust region. sampler: p = b, the policy that drew each token, so clipping bounds all drift since
+    then and w is 1. learner: the policy at the start of the step, and w = p / b corrects the drift before it. A batch
+    gets one optimizer step, so the policy at the start of the step is the present one: r is 1, and nothing is clipped."""
+    weight_level: Level = "token"
+    """w from p / b of each token, or of its whole response (the product)."""
+    weight_form: Literal["truncated", "masked"] = "truncated"
+    """What becomes of p / b outside [weight_low, weight_high]: cut to it, or 0."""
+    weight_low: float = 0.0
+    weight_high: float = 2.0
+    kl_coef: float = 0.0
+    """Weight of the KL between the policy and the policy at the start of the stage."""
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1 in the reward, k2 or k3 in the loss; `core.kl` has the gradients."""
 
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
+
+    def counts(self, finish_reason: str) -> bool:
+        """Whether a rollout that ended so is part of the step's mean."""
+        return self.truncated == "train" or finish_reason != "length"
 
     def has_gradient(self, advantage: float) -> bool:
         """Whether a rollout with this advantage can move a weight; others need no forward pass."""
@@ -47,11 +84,8 @@ class Supervised:
     aggregation: Aggregation = "token_mean"
     needs_reference: bool = False
 
-    def has_gradient(self, advantage: float) -> bool:
-        return True
 
-
-Objective = PolicyGradient | Supervised
+Objective = PolicyGradient | Supervised | Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +110,59 @@ class StageSpec:
     """CPU threads of this stage: supervised stages may take the cores that samplers leave idle."""
 
 
+def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:
+    """One advantage per rollout of a sampled group; all zero when the group holds nothing to learn."""
+    assert not isinstance(objective, Supervised), "demonstrations are not judged"
+    if isinstance(objective, Preference):
+        return tuple(best_against_worst(objective, rewards, finish_reasons))
+    rewards_G = torch.tensor(rewards, dtype=torch.float64)
+    return tuple(group_advantages(rewards_G, advantage=objective.advantage).tolist())
+
+
+def trained_units(
+    objective: Objective, rollouts: Sequence[Rollout], advantages: Sequence[float]
+) -> list[tuple[int, ...]]:
+    """Indices of the rollouts that can move a weight; the others need no forward pass. Those of one unit, one rollout or
+    the pair (chosen, rejected), must be in one micro-batch."""
+    if isinstance(objective, Preference):
+        return list(pairs_of(advantages))
+    if isinstance(objective, Supervised):
+        return [(index,) for index in range(len(rollouts))]
+    return [
+        (index,)
+        for index, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True))
+        if objective.counts(rollout.finish_reason) and objective.has_gradient(advantage)
+    ]
+
+
+def step_denominator(
+    objective: Objective,
+    groups: Sequence[GroupSummary],
+    advantages: Sequence[Sequence[float]],
+    *,
+    max_response_tokens: int,
+) -> float:
+    """What divides the summed gradient of a step, from all its groups: known when the last has arrived.
+
+    Of a preference objective the number of pairs: groups without one (ties) are not in the mean.
+    """
+    if isinstance(objective, Preference):
+        return float(max(sum(any(advantages_G) for advantages_G in advantages), 1))
+    policy = objective if isinstance(objective, PolicyGradient) else None
+    lengths = [
+        length
+        for group in groups
+        for length, reason in zip(group.num_tokens_G, group.finish_reasons_G, strict=True)
+        if policy is None or policy.counts(reason)
+    ]
+    mean = denominator(
+        sum(lengths), len(lengths), aggregation=objective.aggregation, max_response_tokens=max_response_tokens
+    )
+    if policy is None:
+        return mean
+    return mean * batch_scale([a for advantages_G in advantages for a in advantages_G], advantage=policy.advantage)
+
+
 def loss_and_tally(
     objective: Objective,
     batch: TrainingBatch,
@@ -89,32 +176,63 @@ def loss_and_tally(
         tally = Tally()
         tally.add(loss=float(loss.detach()), tokens=float(batch.loss_mask_BT.sum()))
         return loss, tally
-    proximal_BT = batch.sampler_logprobs_BT if objective.proximal == "sampler" else logprobs_BT.detach()
-    loss = decoupled_surrogate(
-        logprobs_BT,
-        proximal_BT,
-        batch.sampler_logprobs_BT,
-        batch.advantages_B,
-        batch.weights_B,
-        batch.loss_mask_BT,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        tis_cap=objective.tis_cap,
+    if isinstance(objective, Preference):
+        loss, tally = preference_loss(objective, batch, logprobs_BT, reference_logprobs_BT)
+        return loss, Tally.merge([tally, tally_policy(batch, logprobs_BT, entropies_BT)])
+    return _policy_gradient(objective, batch, logprobs_BT, entropies_BT, reference_logprobs_BT)
+
+
+def _policy_gradient(
+    objective: PolicyGradient,
+    batch: TrainingBatch,
+    logprobs_BT: Tensor,
+    entropies_BT: Tensor,
+    reference_logprobs_BT: Tensor | None,
+) -> tuple[Tensor, Tally]:
+    """-sum w x surrogate(pi / p, A): the decoupled objective of AReaL (https://arxiv.org/abs/2505.24298), which is PPO's
+    when p is the sampler."""
+    mask_BT, sampler_BT = batch.loss_mask_BT, batch.sampler_logprobs_BT
+    proximal_BT = sampler_BT if objective.proximal == "sampler" else logprobs_BT.detach()
+    drift_BT = importance_ratio(proximal_BT, sampler_BT, mask_BT, level=objective.weight_level)
+    low, high = objective.weight_low, objective.weight_high
+    weight_BT = importance_weight(drift_BT, form=objective.weight_form, low=low, high=high)
+    advantages_BT = _advantages(objective, batch, logprobs_BT, reference_logprobs_BT)
+    surrogate = _surrogate(objective, logprobs_BT, proximal_BT, advantages_BT, mask_BT)
+    loss = -weighted_sum(weight_BT * surrogate.values_BT, batch.weights_B, mask_BT)
+    tally = tally_policy(batch, logprobs_BT, entropies_BT)
+    tally.add(
+        loss=float(loss.detach()),
+        clipped=((surrogate.clipped_low_BT | surrogate.clipped_high_BT) & mask_BT).sum(),
+        clipped_low=(surrogate.clipped_low_BT & mask_BT).sum(),
     )
-    tally = tally_policy(
-        batch,
-        logprobs_BT,
-        proximal_BT,
-        entropies_BT,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        tis_cap=objective.tis_cap,
-    )
-    tally.add(loss=float(loss.detach()))
-    if objective.needs_reference:
-        assert reference_logprobs_BT is not None
-        kl = kl_k3(logprobs_BT, reference_logprobs_BT, batch.weights_B, batch.loss_mask_BT)
-        with torch.no_grad():
-            tally.add(reference_kl=float(kl))
-        loss = loss + objective.kl_coef * kl
+    if objective.dual_clip is not None:
+        tally.add(clipped_dual=(surrogate.clipped_dual_BT & mask_BT).sum())
+    if objective.proximal == "learner":
+        cut = (outside(drift_BT, low=low, high=high) & mask_BT).sum()
+        tally.add(**{f"weight_{objective.weight_form}": cut})
+    if reference_logprobs_BT is not None:
+        kl_BT = kl_terms(logprobs_BT, reference_logprobs_BT, mask_BT, estimator=objective.kl_estimator)
+        tally.add(reference_kl=kl_BT.detach().sum())
+        if objective.kl_place == "loss":
+            loss = loss + objective.kl_coef * weighted_sum(kl_BT, batch.weights_B, mask_BT)
     return loss, tally
+
+
+def _advantages(
+    objective: PolicyGradient, batch: TrainingBatch, logprobs_BT: Tensor, reference_logprobs_BT: Tensor | None
+) -> Tensor:
+    """The rollout's advantage at every token, less what the token and those after it cost in KL."""
+    advantages_BT = batch.advantages_B[:, None].expand_as(logprobs_BT)
+    if objective.kl_place == "loss" or reference_logprobs_BT is None:
+        return advantages_BT
+    return advantages_BT - objective.kl_coef * kl_to_go(logprobs_BT, reference_logprobs_BT, batch.loss_mask_BT)
+
+
+def _surrogate(
+    objective: PolicyGradient, logprobs_BT: Tensor, proximal_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor
+) -> Surrogate:
+    ratio_BT = policy_ratio(logprobs_BT, proximal_logprobs_BT, mask_BT, level=objective.ratio_level)
+    bounds = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
+    if objective.clip == "cispo":
+        return cispo_surrogate(ratio_BT, logprobs_BT, advantages_BT, mask_BT, **bounds)
+    return clipped_surrogate(ratio_BT, advantages_BT, dual_clip=objective.dual_clip, **bounds)

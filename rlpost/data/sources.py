@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlpost.config import DatasetData, GeneratedData, RecipeError, VerifierConfig
+from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, VerifierConfig
 from rlpost.data.generated import FAMILIES, problems
 from rlpost.types import Prompt
 
@@ -19,6 +19,7 @@ FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 class TokenizerLike(Protocol):
     eos_token_id: int | None
+    bos_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -45,7 +46,8 @@ class ShuffledPrompts:
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
         for prompt in self.prompts:
-            digest.update(repr((prompt.id, prompt.token_ids, prompt.reference)).encode())
+            responses = (prompt.demonstration_ids, prompt.rejected_ids)
+            digest.update(repr((prompt.id, prompt.token_ids, prompt.reference, responses)).encode())
         return digest.hexdigest()
 
 
@@ -66,7 +68,7 @@ def load_generated(
             token_ids=tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)),
             task=problem.task,
             reference=problem.reference,
-            demonstration_ids=_demonstration(problem.demonstration, tokenizer),
+            demonstration_ids=response_ids(problem.demonstration, tokenizer),
         )
         for problem in drawn[:num_prompts]
     ]
@@ -90,17 +92,11 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
     Raises:
         RecipeError: when the file, a column or the template is wrong, naming what exists.
     """
-    rows = _read(config)
-    columns = set(rows.column_names)
-    placeholders = re.findall(r"\{(\w+)\}", config.prompt)
-    used = [config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration]
-    missing = sorted({name for name in (*placeholders, *used) if name and name not in columns})
-    if missing:
-        raise RecipeError(f"{config.path} has no column {missing}; it has {sorted(columns)}")
+    used = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration)
+    rows = read_rows(config, columns=used)
     prompts = []
     for index, row in enumerate(rows):
-        text = re.sub(r"\{(\w+)\}", lambda match, row=row: str(row[match.group(1)]), config.prompt)
-        token_ids = _prompt_ids(text, config, tokenizer)
+        token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
         if len(token_ids) > config.max_prompt_tokens:
             continue
         prompts.append(
@@ -109,9 +105,7 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
                 token_ids=token_ids,
                 task=config.task,
                 reference=_reference(row, config),
-                demonstration_ids=_demonstration(row[config.demonstration], tokenizer)
-                if config.demonstration
-                else None,
+                demonstration_ids=response_ids(row[config.demonstration], tokenizer) if config.demonstration else None,
             )
         )
         if len(prompts) == (limit or config.max_prompts):
@@ -121,7 +115,17 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
     return prompts
 
 
-def _read(config: DatasetData) -> Any:
+def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
+    """The data set's rows, once it is known to have `columns` and those of the prompt's template."""
+    rows = _read(config)
+    placeholders = re.findall(r"\{(\w+)\}", config.prompt)
+    missing = sorted({name for name in (*placeholders, *columns) if name and name not in rows.column_names})
+    if missing:
+        raise RecipeError(f"{config.path} has no column {missing}; it has {sorted(rows.column_names)}")
+    return rows
+
+
+def _read(config: FileData) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
@@ -141,11 +145,27 @@ def _read(config: DatasetData) -> Any:
         ) from error
 
 
-def _prompt_ids(text: str, config: DatasetData, tokenizer: TokenizerLike) -> tuple[int, ...]:
-    if not config.chat:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-    turns = [{"role": "user", "content": text}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """The template with every {column} replaced by the row's."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), template)
+
+
+def prompt_ids(text: str, config: FileData, tokenizer: TokenizerLike) -> tuple[int, ...]:
+    """The prompt as the policy gets it.
+
+    Raises:
+        RecipeError: when it begins twice: the text spells out a start token that the chat template adds as well.
+    """
+    if config.chat:
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
+        raise RecipeError(
+            f"{config.path}: a prompt begins with two start tokens ({text[:60]!r}): take the one written in the text or"
+            " in the prompt template out"
+        )
     return tuple(ids)
 
 
@@ -153,7 +173,7 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     if config.task == "math":
         assert config.answer is not None
         answer = str(row[config.answer])
-        if config.answer_after is not None:
+        if config.answer_after:
             answer = answer.rpartition(config.answer_after)[2]
         return {"answer": answer.strip()}
     assert config.tests is not None
@@ -177,9 +197,11 @@ def _called_function(solution: str, tests: Sequence[str]) -> str | None:
     return called[0] if len(set(called)) == 1 else None
 
 
-def _demonstration(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
+def response_ids(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
+    """A given response and the end token: once, also where the text spells it out."""
     assert tokenizer.eos_token_id is not None
-    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
 
 
 def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, verifier: VerifierConfig) -> list[Prompt]:

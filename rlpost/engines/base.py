@@ -78,6 +78,9 @@ class LearnerEngine(Protocol):
     ) -> None:
         """Add these rollouts' summed loss to the step's gradient.
 
+        They are whole groups. For a preference objective those with an advantage are pairs, one after another: 1 marks
+        the chosen response, -1 the rejected one.
+
         Every rank is given the same rollouts in the same order and trains its share of them (collective).
         """
         ...

@@ -26,7 +26,7 @@ from deepspeed.runtime import bf16_optimizer
 
 from rlpost.core.batching import collate, plan_micro_batches
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally
+from rlpost.core.objective import StageSpec, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
 from rlpost.types import Rollout
@@ -133,19 +133,20 @@ class DeepSpeedLearner:
     ) -> None:
         spec = self._spec
         assert spec is not None, "begin_stage comes first"
-        rows = [i for i, a in enumerate(advantages) if spec.objective.has_gradient(a)]
+        units = trained_units(spec.objective, rollouts, advantages)
         micro_batches = plan_micro_batches(
-            [len(rollouts[i].token_ids) for i in rows],
-            max_tokens=self._micro_batch_tokens,
+            [max(len(rollouts[row].token_ids) for row in unit) for unit in units],
+            max_tokens=max(1, self._micro_batch_tokens // max(map(len, units), default=1)),
             num_ranks=self._world_size,
         )
         for picked in micro_batches[self._rank :: self._world_size]:
             if not picked:
                 self._backward_of_nothing()
                 continue
+            rows = [row for index in picked for row in units[index]]
             batch = collate(
-                [rollouts[rows[k]] for k in picked],
-                [advantages[rows[k]] for k in picked],
+                [rollouts[row] for row in rows],
+                [advantages[row] for row in rows],
                 aggregation=spec.objective.aggregation,
                 learner_version=learner_version,
                 max_staleness=max_staleness,

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from rlpost.core.logprobs import selected_logprobs
+from rlpost.core.logprobs import token_logprobs
 
 FLOAT32_ATTENTION = "rlpost_float32"
 
@@ -45,12 +45,29 @@ def load_policy(model_path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return policy
 
 
+class OutputLayer(nn.Module):
+    """The policy's output layer, from hidden states straight to log-probs (`core.logprobs`); it shares its weights.
+
+    A module of its own, because ZeRO-3 gathers a weight when the module that holds it is called.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(layer, nn.Linear), f"the output layer is a {type(layer).__name__}, not linear"
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, hidden_NH: Tensor, token_ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden_NH, self.weight, self.bias, token_ids_N, temperature=temperature)
+
+
 class Scorer(nn.Module):
-    """Scores only the tokens asked for: hidden states are gathered before the output layer, so no [B, T, V] is made."""
+    """Scores only the tokens asked for: hidden states are gathered before the output layer, whose logits live for one
+    chunk of tokens at a time."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
         self.policy = policy
+        self.output_layer = OutputLayer(_output_layer(policy))
 
     def forward(self, token_ids_BT: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each token on the mask, given the tokens before it.
@@ -69,10 +86,7 @@ class Scorer(nn.Module):
         hidden_BTH = self.policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
         hidden_NH = hidden_BTH[rows_N, positions_N - 1]
-        logits_NV = _output_layer(self.policy)(hidden_NH)
-        logprobs_N, entropies_N = selected_logprobs(
-            logits_NV, token_ids_BT[rows_N, positions_N], temperature=temperature
-        )
+        logprobs_N, entropies_N = self.output_layer(hidden_NH, token_ids_BT[rows_N, positions_N], temperature)
         zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
         index = (rows_N, positions_N)
         return zeros_BT.index_put(index, logprobs_N), zeros_BT.index_put(index, entropies_N)

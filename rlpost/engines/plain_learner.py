@@ -1,4 +1,4 @@
-"""The learner in plain PyTorch: float32, one rank, one row at a time. What every other learner is measured against."""
+"""The learner in plain PyTorch: float32, one rank, one rollout at a time. What every other learner is measured against."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlpost.core.batching import collate
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally
+from rlpost.core.objective import StageSpec, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.types import Rollout
 
@@ -18,8 +18,9 @@ from rlpost.types import Rollout
 class PlainLearner:
     """Executable specification of `LearnerEngine`.
 
-    Rows are trained in the order they come, each alone and without padding, so the gradient of a step does not depend,
-    not even in its last bit, on how its rollouts were cut into calls of `accumulate`.
+    Rollouts are trained in the order they come, each alone (a pair of them together, where the objective is one of
+    pairs), so the gradient of a step does not depend, not even in its last bit, on how its rollouts were cut into calls
+    of `accumulate`.
     """
 
     def __init__(self, model_path: Path, *, serve_dtype: torch.dtype = torch.float32) -> None:
@@ -47,12 +48,10 @@ class PlainLearner:
     ) -> None:
         spec = self._spec
         assert spec is not None, "begin_stage comes first"
-        for rollout, advantage in zip(rollouts, advantages, strict=True):
-            if not spec.objective.has_gradient(advantage):
-                continue
+        for unit in trained_units(spec.objective, rollouts, advantages):
             batch = collate(
-                [rollout],
-                [advantage],
+                [rollouts[row] for row in unit],
+                [advantages[row] for row in unit],
                 aggregation=spec.objective.aggregation,
                 learner_version=learner_version,
                 max_staleness=max_staleness,

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from rlpost.core.logprobs import selected_logprobs
 from rlpost.core.weights import checksum
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.forward import load_policy
@@ -90,7 +89,7 @@ class PlainSampler:
         else:
             token_1 = logits_1V.argmax(-1)
         # Greedy has no distribution of its own: its log-probs are those at temperature 1, as vLLM reports them.
-        logprob_1, _ = selected_logprobs(logits_1V, token_1, temperature=request.temperature or 1.0)
+        logprob_1 = torch.log_softmax(logits_1V / (request.temperature or 1.0), dim=-1)[0, token_1]
         running.response_ids.append(int(token_1))
         running.logprobs.append(float(logprob_1))
         running.versions.append(self._version)

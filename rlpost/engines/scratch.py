@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from rlpost.data.generated import FAMILIES, problems
 
@@ -69,6 +70,7 @@ def build_model(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     path.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
     model.to(torch.bfloat16).save_pretrained(path)  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(path)
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from rlpost.engines.base import RolloutRequest
@@ -227,9 +228,15 @@ def _inspect_in_process(model_path: Path) -> None:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
+def _linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
+    # vLLM's parameters are a tensor subclass, whose Python dispatch costs more than a small model's product.
+    with torch._C.DisableTorchFunctionSubclass():
+        return nn.functional.linear(input_NK, weight_MK, bias_M)
+
+
 def _check_live(model: nn.Module) -> None:
     layers = {name: module.cpu_linear for name, module in model.named_modules() if hasattr(module, "cpu_linear")}
-    packed = [name for name, function in layers.items() if function is not nn.functional.linear]
+    packed = [name for name, function in layers.items() if function is not _linear]
     if packed or not layers:
         raise RuntimeError(f"vLLM packed the weights of {packed or 'every layer'}: an update would not reach them")
 
@@ -243,7 +250,7 @@ def _live_cpu_weights() -> Iterator[None]:
     from vllm.model_executor.layers import utils
 
     def keep(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = nn.functional.linear  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        layer.cpu_linear = _linear  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     packing = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = keep

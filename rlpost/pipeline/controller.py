@@ -27,15 +27,15 @@ from typing import Any, Protocol
 
 import torch
 
-from rlpost.core.advantages import group_advantages
-from rlpost.core.losses import denominator
 from rlpost.core.metrics import StepReport
-from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.core.objective import StageSpec, credit, step_denominator
+from rlpost.core.preference import Preference
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Fleet, Limits
+from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.pipeline.step_metrics import StepRecord, step_metrics
@@ -130,6 +130,7 @@ class Controller:
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
+        self._evaluating = Ledger("train", clock)
         self._refills = 0
         self._last_export: Export | None = None
         self._publish_s = 0.0
@@ -161,7 +162,7 @@ class Controller:
             if stage.sampled:
                 self._tasks.create_task(self._run_group(ticket, stage, prompt))
             else:
-                self._put_demonstration(ticket, prompt)
+                self._put_given(ticket, stage, prompt)
 
     async def _run_group(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
         """Sample and judge one group; the one place where failures become data."""
@@ -188,10 +189,7 @@ class Controller:
         if broken:
             self._fail(ticket, prompt, "verifier_error", broken[0].detail)
             return
-        objective = stage.spec.objective
-        assert isinstance(objective, PolicyGradient)
-        rewards_G = torch.tensor([j.reward for j in judgements], dtype=torch.float64)
-        advantages_G = tuple(group_advantages(rewards_G, normalize_std=objective.normalize_std).tolist())
+        advantages_G = credit(stage.spec.objective, [j.reward for j in judgements], summary.finish_reasons_G)
         if stage.refill and not any(advantages_G):
             self._filter(ticket, stage)
             return
@@ -206,15 +204,18 @@ class Controller:
         self.buffer.put(ticket, finished, oldest_version=summary.oldest_version)
         self._bell.ring()
 
-    def _put_demonstration(self, ticket: Ticket, prompt: Prompt) -> None:
-        group = RolloutGroup(prompt=prompt, rollouts=(demonstration(prompt),))
+    def _put_given(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
+        """A group that no policy sampled: a demonstration, or a pair of one and a worse response."""
+        pair = isinstance(stage.spec.objective, Preference)
+        responses = (prompt.demonstration_ids, prompt.rejected_ids) if pair else (prompt.demonstration_ids,)
+        group = RolloutGroup(prompt=prompt, rollouts=tuple(given_rollout(prompt, ids) for ids in responses))
         finished = Finished(
             ticket=ticket,
             prompt=prompt,
             handle=self.workers.put(group),
             summary=summarize(group),
             judgements=(),
-            advantages_G=(1.0,),
+            advantages_G=(1.0, -1.0) if pair else (1.0,),
         )
         self.buffer.put(ticket, finished, oldest_version=None)
         self._bell.ring()
@@ -247,28 +248,39 @@ class Controller:
     # -- train loop ----------------------------------------------------------------------------------------------------
 
     async def _train_loop(self) -> None:
-        start_stage, resumed_stage = self.buffer.stage_of(self.buffer.step), await self._load()
-        for index in range(start_stage, len(self.stages)):
-            stage = self.stages[index]
-            if index != resumed_stage:
+        resumed_stage = await self._load()
+        start, end = self.buffer.step, 0
+        for index, stage in enumerate(self.stages):
+            first_step, end = end, end + stage.plan.num_steps
+            resumed = index == resumed_stage
+            if end <= start and not resumed:
+                continue
+            if not resumed:
                 await self._begin(index)
-            if index == start_stage:
+            if self._last_export is None:
                 await self._publish()
-                self._evaluate("start" if self._load_from is None else "resume")
+                if start < end:
+                    self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
-            first_step = sum(before.plan.num_steps for before in self.stages[:index])
-            while self.buffer.step < first_step + stage.plan.num_steps:
+            while self.buffer.step < end:
                 await self._train_step(stage, self.buffer.step - first_step)
             if not stage.sampled:
                 await self._publish()
+            # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
+            if start < end:
+                await self._checkpoint()
             self._evaluate(stage.name)
-            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
             await self.checkpoints.export(stage.name, self.workers.learner)
             self._event("stage_end", stage=stage.name, step=self.buffer.step)
         if self._publishing is not None:
             await self._publishing
         await asyncio.gather(*self._evals)
         self._bell.ring()
+
+    async def _checkpoint(self) -> None:
+        """Write one; it vouches for everything before it, so evaluations of earlier versions end first."""
+        await asyncio.gather(*self._evals)
+        await self.checkpoints.write(self.buffer.position(), self.workers.learner)
 
     async def _begin(self, stage_index: int) -> None:
         await self._learn("begin_stage", self.workers.learner.begin_stage(self.stages[stage_index].spec))
@@ -321,6 +333,7 @@ class Controller:
             groups=tuple(groups),
             seconds=self._clock() - started,
             waited_s=waited_s,
+            evaluating_s=self._evaluating.collect().get("evaluate", 0.0),
             buffer=dict(self.buffer.snapshot()),
             export=self._last_export if stage.sampled else None,
             publish_s=self._publish_s,
@@ -329,7 +342,7 @@ class Controller:
         self.tracker.log("step", step_metrics(record))
         await self._log_rollouts(stage, groups)
         if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
-            await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+            await self._checkpoint()
 
     async def _step(self, *, denominator: float, lr: float) -> StepReport:
         """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
@@ -346,11 +359,10 @@ class Controller:
 
     @staticmethod
     def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:
-        lengths = [length for group in groups for length in group.summary.num_tokens_G]
-        return denominator(
-            sum(lengths),
-            len(lengths),
-            aggregation=stage.spec.objective.aggregation,
+        return step_denominator(
+            stage.spec.objective,
+            [group.summary for group in groups],
+            [group.advantages_G for group in groups],
             max_response_tokens=stage.max_response_tokens,
         )
 
@@ -380,9 +392,13 @@ class Controller:
         if published is not None:
             await published
         async with self._holding:
-            for eval_set in self.eval_sets:
-                result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
-                self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
+            with self._evaluating.state("evaluate"):
+                await self._judge_sets(when, version)
+
+    async def _judge_sets(self, when: str, version: int) -> None:
+        for eval_set in self.eval_sets:
+            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
+            self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
 
     async def _learn(self, phase: str, call: Any) -> Any:
         return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)
@@ -420,18 +436,18 @@ class Controller:
         self.tracker.log("event", {"event": name, **details})
 
 
-def demonstration(prompt: Prompt) -> Rollout:
-    """A demonstration as a rollout no policy sampled: trained like one, with nothing to correct for.
+def given_rollout(prompt: Prompt, response_ids: tuple[int, ...] | None) -> Rollout:
+    """A response of the data set as a rollout no policy sampled: trained like one, with nothing to correct for.
 
     Raises:
         ValueError: when the prompt has none.
     """
-    if prompt.demonstration_ids is None:
-        raise ValueError(f"prompt {prompt.id} has no demonstration: a supervised stage needs a source that has them")
-    num_response = len(prompt.demonstration_ids)
+    if response_ids is None:
+        raise ValueError(f"prompt {prompt.id} lacks a response to learn from: this stage needs a source that has them")
+    num_response = len(response_ids)
     num_prompt = len(prompt.token_ids)
     return Rollout(
-        token_ids=torch.tensor([*prompt.token_ids, *prompt.demonstration_ids]),
+        token_ids=torch.tensor([*prompt.token_ids, *response_ids]),
         loss_mask=torch.tensor([False] * num_prompt + [True] * num_response),
         sampler_logprobs=torch.zeros(num_prompt + num_response),
         spans=(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
-from rlpost.core.metrics import StepReport, policy_metrics
+from rlpost.core.metrics import StepReport, policy_metrics, preference_metrics
 from rlpost.pipeline.ports import Export
 from rlpost.types import GroupSummary, Judgement, Prompt
 
@@ -41,6 +41,8 @@ class StepRecord:
     seconds: float
     waited_s: float
     """Of `seconds`, how long the train loop waited for groups."""
+    evaluating_s: float
+    """Since the previous record, how long the samplers served an evaluation beside training."""
     buffer: Mapping[str, int]
     export: Export | None
     publish_s: float
@@ -62,11 +64,15 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
         "response_length/max": max(lengths),
         "timing_s/step": record.seconds,
         "timing_s/wait_for_rollouts": record.waited_s,
+        "timing_s/evaluation": record.evaluating_s,
         "perf/rollouts_per_s": len(lengths) / record.seconds,
         "perf/tokens_per_s": sum(lengths) / record.seconds,
         **{f"queue/{name}": count for name, count in record.buffer.items()},
         **_worker_times(record.worker_seconds),
     }
+    if "pairs" in tally.sums:
+        row |= preference_metrics(tally)
+        row["actor/pg_loss"] = row["preference/loss"]
     if record.sampled:
         row |= _rollout_metrics(record)
         row |= policy_metrics(tally)
@@ -145,6 +151,10 @@ def verdict(record: StepRecord) -> str:
     sampler_share = fmean(waits) if waits else 0.0
     if max(learner_share, sampler_share) < 0.1:
         return f"balanced: learner waited {learner_share:.0%}, samplers {sampler_share:.0%}"
+    if learner_share >= sampler_share and record.evaluating_s > record.waited_s / 2:
+        return (
+            f"learner waited {learner_share:.0%} while an evaluation had the samplers: evaluate less, or add samplers"
+        )
     if learner_share >= sampler_share:
         return f"learner waited {learner_share:.0%} for rollouts: add samplers or raise max_staleness"
     return f"samplers waited {sampler_share:.0%} for the learner: add learner ranks or raise max_staleness"

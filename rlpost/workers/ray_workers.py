@@ -249,6 +249,22 @@ class RayLearner:
         return (await self._all("seconds"))[0]
 
 
+def start_sampler(
+    name: str, model_path: Path, config: SamplerConfig, *, max_model_len: int, log_dir: Path
+) -> RaySampler:
+    """A sampler process on the present Ray cluster; it answers its first call once its engine is up."""
+    from rlpost.engines.vllm_sampler import environment
+
+    log_path = log_dir / f"{name}.log"
+    process = ray.remote(_SamplerProcess).options(
+        num_cpus=0,
+        num_gpus=config.gpus,
+        max_concurrency=MAX_CONCURRENT_CALLS,
+        runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
+    )
+    return RaySampler(name, process.remote(model_path, config, max_model_len, log_path), log_path)
+
+
 class RayWorkers:
     """Starts, restarts and ends the worker processes of one run."""
 
@@ -288,17 +304,13 @@ class RayWorkers:
             ray.kill(actor, no_restart=True)
 
     def _start_sampler(self, name: str) -> RaySampler:
-        from rlpost.engines.vllm_sampler import environment
-
-        config, log_path = self._sampler_config, self._log_dir / f"{name}.log"
-        process = ray.remote(_SamplerProcess).options(
-            num_cpus=0,
-            num_gpus=config.gpus,
-            max_concurrency=MAX_CONCURRENT_CALLS,
-            runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
+        return start_sampler(
+            name,
+            self._model_path,
+            self._sampler_config,
+            max_model_len=self._max_model_len,
+            log_dir=self._log_dir,
         )
-        actor = process.remote(self._model_path, config, self._max_model_len, log_path)
-        return RaySampler(name, actor, log_path)
 
     def _start_learner(self, config: LearnerConfig) -> RayLearner:
         master = (ray.util.get_node_ip_address(), _free_port())
@@ -309,11 +321,19 @@ class RayWorkers:
             process = ray.remote(_LearnerProcess).options(
                 num_cpus=0,
                 num_gpus=config.gpus_per_rank,
-                # Threads that spin while they wait bring a shared machine to a standstill.
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+                runtime_env={"env_vars": _learner_environment(config)},
             )
             actors.append(process.remote(self._model_path, config, serve_dtype, rank, master, log_paths[-1]))
         return RayLearner(actors, log_paths)
+
+
+def _learner_environment(config: LearnerConfig) -> dict[str, str]:
+    return {
+        "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
+        "OMP_NUM_THREADS": str(config.threads),
+        # Threads that spin while they wait bring a shared machine to a standstill.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def _free_port() -> int:

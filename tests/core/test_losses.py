@@ -1,105 +1,213 @@
-"""The objectives by hand, their gradients, and what they must not depend on."""
+"""The objectives by hand, their gradients against finite differences, and what they must not depend on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlpost.core.losses import decoupled_surrogate, denominator, kl_k3, negative_log_likelihood, rollout_weight
+from rlpost.core.losses import (
+    Surrogate,
+    cispo_surrogate,
+    clipped_surrogate,
+    denominator,
+    importance_ratio,
+    importance_weight,
+    negative_log_likelihood,
+    policy_ratio,
+    rollout_weight,
+    weighted_sum,
+)
 
 
-def surrogate(
-    log_ratio: float, advantage: float, *, log_weight: float = 0.0, weight: float = 1.0, tis_cap: float = 2.0
-) -> tuple[float, float]:
-    """(loss, d loss / d log-prob) of one token with pi/p = exp(log_ratio), p/b = exp(log_weight), clip 0.2 / 0.28."""
-    sampler = torch.tensor([[-3.0]])
-    proximal = (sampler + log_weight).requires_grad_()
-    logprobs = (proximal.detach() + log_ratio).requires_grad_()
-    loss = decoupled_surrogate(
-        logprobs,
-        proximal,
-        sampler,
-        torch.tensor([advantage]),
-        torch.tensor([weight]),
-        torch.tensor([[True]]),
-        clip_low=0.2,
-        clip_high=0.28,
-        tis_cap=tis_cap,
-    )
-    loss.backward()
-    assert logprobs.grad is not None and proximal.grad is None
-    return float(loss.detach()), float(logprobs.grad)
+def one_token(
+    surrogate: Callable[[Tensor, Tensor, Tensor], Surrogate], ratio: float, advantage: float
+) -> tuple[float, float, tuple[bool, bool, bool]]:
+    """(value, d value / d log pi, clipped at the low, high, dual end) of a token with pi / p = ratio, log p = -3."""
+    logprobs = torch.tensor([[-3.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    ratios = policy_ratio(logprobs, torch.full_like(logprobs, -3.0), torch.ones(1, 1, dtype=torch.bool), level="token")
+    result = surrogate(ratios, logprobs, torch.tensor([[advantage]], dtype=torch.float64))
+    result.values_BT.sum().backward()
+    assert logprobs.grad is not None
+    return float(result.values_BT.detach()), float(logprobs.grad), tuple(bool(c) for c in result[1:])  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "gradient"),
+    ("ratio", "advantage", "value", "gradient"),
     [
-        (1.0, 2.0, -2.0, -2.0),  # on policy: minus the advantage, and the plain policy gradient
-        (1.1, 2.0, -2.2, -2.2),  # inside the clip: r A
-        (1.5, 2.0, -2.56, 0.0),  # above it, and the advantage asks for more: 1.28 A, no gradient
-        (1.5, -2.0, 3.0, 3.0),  # above it, and the advantage asks for less: r A stays
-        (0.5, 2.0, -1.0, -1.0),  # below it, and the advantage asks for more: r A stays
-        (0.5, -2.0, 1.6, 0.0),  # below it, and the advantage asks for less: 0.8 A, no gradient
+        (1.0, 2.0, 2.0, 2.0),  # on policy: the advantage, and the plain policy gradient
+        (1.1, 2.0, 2.2, 2.2),  # inside the clip: r A
+        (1.5, 2.0, 2.56, 0.0),  # above it, and the advantage asks for more: 1.28 A, no gradient
+        (1.5, -2.0, -3.0, -3.0),  # above it, and the advantage asks for less: r A stays
+        (0.5, 2.0, 1.0, 1.0),  # below it, and the advantage asks for more: r A stays
+        (0.5, -2.0, -1.6, 0.0),  # below it, and the advantage asks for less: 0.8 A, no gradient
     ],
 )
-def test_the_surrogate_and_its_gradient_by_hand(ratio: float, advantage: float, loss: float, gradient: float) -> None:
-    """Loss -min(r A, clip(r, 0.8, 1.28) A); its gradient in log pi is -r A where the first term is the smaller."""
-    assert surrogate(math.log(ratio), advantage) == pytest.approx((loss, gradient))
+def test_the_clipped_surrogate_by_hand(ratio: float, advantage: float, value: float, gradient: float) -> None:
+    """min(r A, clip(r, 0.8, 1.28) A); its gradient in log pi is r A where the first term is the smaller."""
+    ours = one_token(
+        lambda r, _, a: clipped_surrogate(r, a, clip_low=0.2, clip_high=0.28, dual_clip=None), ratio, advantage
+    )
+    assert ours[:2] == pytest.approx((value, gradient))
+    assert any(ours[2]) == (gradient == 0.0)
 
 
-def test_descending_the_surrogate_makes_good_tokens_likelier_and_bad_ones_rarer() -> None:
-    assert surrogate(0.0, 1.0)[1] < 0 < surrogate(0.0, -1.0)[1]
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "gradient", "dual"),
+    [
+        (2.9, -2.0, -5.8, -5.8, False),  # inside the dual clip: r A
+        (5.0, -2.0, -6.0, 0.0, True),  # above it: 3 A, no gradient
+        (5.0, 2.0, 2.56, 0.0, False),  # wanted tokens are none of its business
+        (0.5, -2.0, -1.6, 0.0, False),
+    ],
+)
+def test_the_dual_clip_by_hand(ratio: float, advantage: float, value: float, gradient: float, dual: bool) -> None:
+    """For A < 0: max(min(r A, clip(r) A), 3 A)."""
+    ours = one_token(
+        lambda r, _, a: clipped_surrogate(r, a, clip_low=0.2, clip_high=0.28, dual_clip=3.0), ratio, advantage
+    )
+    assert (*ours[:2], ours[2][2]) == pytest.approx((value, gradient, dual))
 
 
-def test_truncated_weight_scales_loss_and_gradient_up_to_its_cap() -> None:
-    """p/b = 1.5 weighs 1.5; p/b = 5 weighs the cap, 2. The weight is no way for the gradient to flow."""
-    assert surrogate(0.0, 1.0, log_weight=math.log(1.5)) == pytest.approx((-1.5, -1.5))
-    assert surrogate(0.0, 1.0, log_weight=math.log(5.0)) == pytest.approx((-2.0, -2.0))
+@pytest.mark.parametrize(
+    ("ratio", "weight", "clipped"),
+    [(1.5, 1.5, (False,) * 3), (9.0, 5.0, (False, True, False)), (0.01, 0.01, (False,) * 3)],
+)
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_cispo_by_hand(ratio: float, weight: float, clipped: tuple[bool, ...], advantage: float) -> None:
+    """min(r, 5) A log pi, whose gradient is min(r, 5) A on either side of the clip and for either sign."""
+
+    def surrogate(ratios: Tensor, logprobs: Tensor, advantages: Tensor) -> Surrogate:
+        mask = torch.ones_like(ratios, dtype=torch.bool)
+        return cispo_surrogate(ratios, logprobs, advantages, mask, clip_low=1.0, clip_high=4.0)
+
+    ours = one_token(surrogate, ratio, advantage)
+    assert ours[:2] == pytest.approx((weight * advantage * (-3.0 + math.log(ratio)), weight * advantage))
+    assert ours[2] == clipped
 
 
-def test_rollout_weights_multiply_the_loss() -> None:
-    assert surrogate(0.0, 1.0, weight=0.25) == pytest.approx((-0.25, -0.25))
+def test_descending_the_loss_makes_good_tokens_likelier_and_bad_ones_rarer() -> None:
+    for advantage in (1.0, -1.0):
+        _, gradient, _ = one_token(
+            lambda r, _, a: clipped_surrogate(r, a, clip_low=0.2, clip_high=0.28, dual_clip=None), 1.0, advantage
+        )
+        assert gradient * advantage > 0
 
 
-def test_nothing_off_the_mask_reaches_loss_or_gradient() -> None:
-    mask = torch.tensor([[True, False, False]])
-    for poison in (float("-inf"), float("nan"), 1e30):
-        logprobs = torch.tensor([[-1.0, poison, -1.0]], requires_grad=True)
-        sampler = torch.tensor([[-1.0, 0.0, poison]])
-        arguments = (logprobs, sampler, sampler, torch.ones(1), torch.ones(1), mask)
-        loss = decoupled_surrogate(*arguments, clip_low=0.2, clip_high=0.2, tis_cap=2.0)
-        loss = loss + kl_k3(logprobs, sampler, torch.ones(1), mask)
-        loss = loss + negative_log_likelihood(logprobs, torch.ones(1), mask)
-        loss.backward()
-        assert logprobs.grad is not None
-        torch.testing.assert_close(loss, torch.tensor(-1.0 + 0.0 + 1.0))
-        torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.0 + 0.0 - 1.0, 0.0, 0.0]]))
+def test_the_sequence_ratio_is_the_geometric_mean_by_hand() -> None:
+    """Token ratios 2, 8 and a third off the mask: (2 x 8)^(1/2) = 4. One token alone has its own ratio."""
+    ratios = torch.tensor([[2.0, 8.0, 100.0], [3.0, 7.0, 7.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    ours = policy_ratio(ratios.log(), torch.zeros(2, 3), mask, level="sequence")
+    torch.testing.assert_close(ours[mask], torch.tensor([4.0, 4.0, 3.0]))
 
 
-def test_kl_by_hand_and_towards_the_reference() -> None:
-    """q - p = ln 2: 2 - ln 2 - 1 = 0.307; gradient in p: 1 - 2 = -1, so descending raises p towards q.
-
-    q - p = -ln 2: 1/2 + ln 2 - 1 = 0.193; gradient 1 - 1/2, so descending lowers p. Equal: 0, and no gradient.
-    """
-    expected = {math.log(2): (1 - math.log(2), -1.0), -math.log(2): (math.log(2) - 0.5, 0.5), 0.0: (0.0, 0.0)}
-    for difference, (value, gradient) in expected.items():
-        logprobs = torch.tensor([[-2.0]], requires_grad=True)
-        loss = kl_k3(logprobs, logprobs.detach() + difference, torch.ones(1), torch.tensor([[True]]))
-        loss.backward()
-        assert logprobs.grad is not None
-        assert (float(loss.detach()), float(logprobs.grad)) == pytest.approx((value, gradient), abs=1e-6)
+def test_a_sequence_ratio_moves_with_its_own_token_alone() -> None:
+    """So that advantages of tokens (KL in the reward) reach the tokens they are of: d r_t / d log pi_u is s for t = u."""
+    logprobs, mask = torch.tensor([[2.0, 8.0, 1.0]]).log(), torch.tensor([[True, True, False]])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: policy_ratio(x, torch.zeros(1, 3), mask, level="sequence")[0], logprobs
+    )
+    torch.testing.assert_close(jacobian[:, 0], torch.diag(torch.tensor([4.0, 4.0, 0.0])))
 
 
-def test_kl_is_exact_in_expectation() -> None:
-    """Over tokens drawn from the policy, the mean of k3 is KL(policy || reference)."""
-    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
-    expected = (policy * (policy / reference).log()).sum()
-    # One row per token, weighted by how often the policy draws it.
-    estimate = kl_k3(policy.log()[:, None], reference.log()[:, None], policy, torch.ones(3, 1, dtype=torch.bool))
-    torch.testing.assert_close(estimate, expected)
+def test_the_sequence_weight_is_the_product_by_hand() -> None:
+    """p / b of 2 and 3 on the mask, 100 off it: 6 for the response; token by token 2 and 3."""
+    log_ratio, mask = torch.tensor([[2.0, 3.0, 100.0]]).log(), torch.tensor([[True, True, False]])
+    for level, expected in (("token", [2.0, 3.0]), ("sequence", [6.0, 6.0])):
+        ours = importance_ratio(log_ratio, torch.zeros(1, 3), mask, level=level)  # type: ignore[arg-type]
+        torch.testing.assert_close(ours[mask], torch.tensor(expected))
+
+
+def test_weights_outside_their_bounds_by_hand() -> None:
+    ratios = torch.tensor([[0.1, 0.5, 1.0, 5.0, 5.1, float("inf")]])
+    truncated = importance_weight(ratios, form="truncated", low=0.0, high=2.0)
+    assert truncated.tolist() == [pytest.approx([0.1, 0.5, 1.0, 2.0, 2.0, 2.0])]
+    assert importance_weight(ratios, form="masked", low=0.5, high=5.0).tolist() == [[0.0, 0.5, 1.0, 5.0, 0.0, 0.0]]
+
+
+def test_the_weight_is_no_way_for_the_gradient_to_flow() -> None:
+    proximal = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert not importance_ratio(proximal, torch.ones(1, 2), mask, level="sequence").requires_grad
+    assert not policy_ratio(torch.zeros(1, 2), proximal, mask, level="sequence").requires_grad
+
+
+# -- gradients against finite differences of the published formula ------------------------------------------------------
+
+
+def random_rows(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logprobs = -3 * torch.rand(5, 7, generator=generator, dtype=torch.float64)
+    noise = torch.randn(5, 7, generator=generator, dtype=torch.float64) / 4
+    return {
+        "logprobs": logprobs,
+        "proximal": logprobs + noise,
+        "advantages": torch.randn(5, 1, generator=generator, dtype=torch.float64).expand(5, 7),
+        "mask": torch.rand(5, 7, generator=generator) < 0.7,
+    }
+
+
+def finite_difference(f: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-6) -> Tensor:
+    gradient = torch.zeros_like(x)
+    for index in range(x.numel()):
+        offset = torch.zeros_like(x).flatten()
+        offset[index] = step
+        offset = offset.view_as(x)
+        gradient.view(-1)[index] = (f(x + offset) - f(x - offset)) / (2 * step)
+    return gradient
+
+
+def test_gradients_of_the_clipped_surrogate_pass_gradcheck() -> None:
+    rows = random_rows()
+
+    def loss(logprobs: Tensor) -> Tensor:
+        ratios = policy_ratio(logprobs, rows["proximal"], rows["mask"], level="token")
+        values = clipped_surrogate(ratios, rows["advantages"], clip_low=0.1, clip_high=0.1, dual_clip=1.3).values_BT
+        return weighted_sum(values, torch.ones(5, dtype=torch.float64), rows["mask"])
+
+    assert torch.autograd.gradcheck(loss, rows["logprobs"].requires_grad_())
+
+
+def test_sequence_ratios_have_the_gradient_of_the_published_sequence_objective() -> None:
+    """GSPO: mean over rows of min(s A, clip(s) A) with s = exp(mean_t log r), written down row by row."""
+    rows = random_rows()
+    proximal, mask, advantages = rows["proximal"], rows["mask"], rows["advantages"]
+
+    def published(logprobs: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for row in range(5):
+            s = (logprobs - proximal)[row][mask[row]].mean().exp()
+            total = total + torch.minimum(s * advantages[row, 0], s.clamp(0.95, 1.05) * advantages[row, 0])
+        return total
+
+    logprobs = rows["logprobs"].clone().requires_grad_()
+    ratios = policy_ratio(logprobs, proximal, mask, level="sequence")
+    values = clipped_surrogate(ratios, advantages, clip_low=0.05, clip_high=0.05, dual_clip=None).values_BT
+    ours = weighted_sum(values, 1.0 / mask.sum(-1), mask)
+    ours.backward()
+    torch.testing.assert_close(ours.detach(), published(rows["logprobs"]))
+    expected = finite_difference(published, rows["logprobs"])
+    assert 0 < int((expected.abs().sum(-1) == 0).sum()) < 5  # some rows are clipped, some are not
+    torch.testing.assert_close(logprobs.grad, expected, atol=1e-8, rtol=1e-6)
+
+
+def test_cispo_has_the_gradient_of_log_pi_under_fixed_weights() -> None:
+    rows = random_rows()
+    proximal, mask, advantages = rows["proximal"], rows["mask"], rows["advantages"]
+    fixed = (rows["logprobs"] - proximal).exp().clamp(max=1.1)
+    logprobs = rows["logprobs"].clone().requires_grad_()
+    ratios = policy_ratio(logprobs, proximal, mask, level="token")
+    values = cispo_surrogate(ratios, logprobs, advantages, mask, clip_low=1.0, clip_high=0.1).values_BT
+    weighted_sum(values, torch.ones(5, dtype=torch.float64), mask).backward()
+    expected = finite_difference(lambda x: (fixed * advantages * x)[mask].sum(), rows["logprobs"])
+    torch.testing.assert_close(logprobs.grad, expected, atol=1e-8, rtol=1e-6)
+
+
+# -- supervised loss, weights, denominators ----------------------------------------------------------------------------
 
 
 def test_negative_log_likelihood_by_hand() -> None:
@@ -107,30 +215,6 @@ def test_negative_log_likelihood_by_hand() -> None:
     logprobs = torch.tensor([[-1.0, -2.0], [-4.0, -8.0]])
     mask = torch.tensor([[True, True], [True, False]])
     assert float(negative_log_likelihood(logprobs, torch.tensor([1.0, 0.5]), mask)) == 5.0
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3, 5])
-def test_losses_of_parts_add_up_to_the_loss_of_the_whole(cut: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logprobs, proximal, sampler, reference = (-3 * torch.rand(5, 7, generator=generator) for _ in range(4))
-    advantages, weights = torch.randn(5, generator=generator), torch.rand(5, generator=generator)
-    mask = torch.rand(5, 7, generator=generator) < 0.7
-
-    def loss(rows: slice, leaf: Tensor) -> Tensor:
-        arguments = (leaf[rows], proximal[rows], sampler[rows], advantages[rows], weights[rows], mask[rows])
-        value = decoupled_surrogate(*arguments, clip_low=0.2, clip_high=0.28, tis_cap=2.0)
-        value = value + kl_k3(leaf[rows], reference[rows], weights[rows], mask[rows])
-        return value + negative_log_likelihood(leaf[rows], weights[rows], mask[rows])
-
-    whole, parts = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
-    loss(slice(0, 5), whole).backward()
-    total = torch.zeros(())
-    for start in range(0, 5, cut):
-        part = loss(slice(start, start + cut), parts)
-        part.backward()
-        total += part.detach()
-    torch.testing.assert_close(total, loss(slice(0, 5), logprobs))
-    torch.testing.assert_close(parts.grad, whole.grad)
 
 
 def test_weights_and_denominators_of_each_aggregation_by_hand() -> None:

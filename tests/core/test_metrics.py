@@ -7,29 +7,14 @@ import math
 import pytest
 import torch
 
-from rlpost.core.metrics import Tally, policy_metrics, tally_policy
+from rlpost.core.metrics import Tally, policy_metrics
+from rlpost.core.objective import PolicyGradient, loss_and_tally
 from rlpost.types import TrainingBatch
+from tests.core.conftest import make_batch
 
 
-def make_batch(
-    sampler: list[list[float]], mask: list[list[int]], advantages: list[float], ages: list[list[int]]
-) -> TrainingBatch:
-    sampler_BT = torch.tensor(sampler)
-    return TrainingBatch(
-        token_ids_BT=torch.zeros(sampler_BT.shape, dtype=torch.int64),
-        lengths_B=torch.full((len(sampler),), sampler_BT.shape[1]),
-        loss_mask_BT=torch.tensor(mask, dtype=torch.bool),
-        sampler_logprobs_BT=sampler_BT,
-        advantages_B=torch.tensor(advantages),
-        weights_B=torch.ones(len(sampler)),
-        ages_BT=torch.tensor(ages),
-    )
-
-
-def tally(batch: TrainingBatch, logprobs: torch.Tensor, proximal: torch.Tensor | None = None) -> Tally:
-    proximal = batch.sampler_logprobs_BT if proximal is None else proximal
-    entropies = torch.full_like(logprobs, 0.5)
-    return tally_policy(batch, logprobs, proximal, entropies, clip_low=0.2, clip_high=0.28, tis_cap=2.0)
+def tally(batch: TrainingBatch, logprobs: torch.Tensor) -> Tally:
+    return loss_and_tally(PolicyGradient(), batch, logprobs, torch.full_like(logprobs, 0.5), None)[1]
 
 
 def test_the_figures_of_four_tokens_by_hand() -> None:
@@ -47,7 +32,6 @@ def test_the_figures_of_four_tokens_by_hand() -> None:
         "mismatch/logprob_gap_max": math.log(3),
         "mismatch/ratio_max": 3.0,
         "mismatch/ratio_outside_10pct": 2 / 4,
-        "mismatch/tis_truncated_share": 0.0,
         "staleness/token_max": 5.0,
         "staleness/token_share_age_0": 1 / 4,
         "staleness/token_share_age_1": 1 / 4,
@@ -65,14 +49,6 @@ def test_the_figures_of_four_tokens_by_hand() -> None:
 def test_a_ratio_that_the_loss_does_not_clip_is_not_counted_as_clipped(ratio: float, advantage: float) -> None:
     batch = make_batch([[-2.0]], [[1]], [advantage], [[0]])
     assert policy_metrics(tally(batch, torch.tensor([[-2.0 + math.log(ratio)]])))["actor/pg_clipfrac"] == 0.0
-
-
-def test_with_the_learner_as_centre_drift_is_truncated_and_not_clipped() -> None:
-    """pi = p = 3 b: the clipped ratio pi / p is 1, and the weight p / b = 3 is above its cap of 2."""
-    batch = make_batch([[-2.0]], [[1]], [1.0], [[0]])
-    logprobs = torch.tensor([[-2.0 + math.log(3)]])
-    metrics = policy_metrics(tally(batch, logprobs, proximal=logprobs))
-    assert (metrics["actor/pg_clipfrac"], metrics["mismatch/tis_truncated_share"]) == (0.0, 1.0)
 
 
 def test_the_95th_percentile_sees_a_tail_that_the_mean_hides() -> None:

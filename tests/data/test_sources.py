@@ -15,6 +15,7 @@ from rlpost.types import Prompt
 
 class ByteTokenizer:
     eos_token_id = 0
+    bos_token_id = 1
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
+from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
@@ -27,6 +28,8 @@ LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
 only their signs."""
 NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
 """Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
+PAIRS = [1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0, -1.0, 1.0]
+"""Advantages of the twelve rollouts as five pairs and a tie, for preference objectives."""
 SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
 
 
@@ -90,7 +93,7 @@ class Result:
 @functools.cache
 def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
     """Twelve rollouts of 7 to 20 tokens, two of them without advantage, from a sampler near the model at SPEC's
-    temperature, in flight while its weights were swapped."""
+    temperature, in flight while its weights were swapped; three were cut at the token limit."""
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     rollouts = []
@@ -106,7 +109,7 @@ def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
                 loss_mask=mask,
                 sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids) + noise, 0.0),
                 spans=(VersionSpan(version=0, start=0, end=2), VersionSpan(version=1, start=2, end=num_response)),
-                finish_reason="stop",
+                finish_reason="length" if index % 5 == 1 else "stop",
                 text="",
             )
         )
@@ -148,6 +151,8 @@ def masters(learner: Any) -> dict[str, Tensor]:
 
 def train(learner: LearnerEngine, job: Job) -> StepReport:
     rollouts, advantages = make_rollouts(job.model_path)
+    if isinstance(job.spec.objective, Preference):
+        advantages = PAIRS
     for start, end in zip((0, *job.cuts), (*job.cuts, len(job.rows)), strict=True):
         rows = job.rows[start:end]
         learner.accumulate(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2F
 
 from rlpost.core.metrics import Tally
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, Supervised
+from rlpost.core.preference import Preference
 from rlpost.core.weights import unchanged_fraction
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.plain_learner import PlainLearner
@@ -119,27 +120,80 @@ def test_streaming_the_plain_learner_gives_the_batch_bit_for_bit(tied_model: Pat
     assert streamed.norms == whole.norms
 
 
+def test_fresh_tokens_have_a_ratio_of_exactly_one_and_no_longer_after_a_step(tied_model: Path) -> None:
+    learner = PlainLearner(tied_model)
+    learner.begin_stage(SPEC)
+    rollouts, advantages = make_rollouts(tied_model)
+    fresh = []
+    for rollout in rollouts:
+        with torch.no_grad():
+            logprobs = learner._scorer(rollout.token_ids[None], rollout.loss_mask[None], SPEC.temperature)[0][0]
+        fresh.append(replace(rollout, sampler_logprobs=logprobs))
+    maxima = []
+    for _ in range(2):
+        learner.accumulate(fresh, advantages, learner_version=1, max_staleness=1)
+        maxima.append(learner.step(denominator=1.0, lr=1e-3).tally.maxima)
+    assert (maxima[0]["ratio"], maxima[0]["gap"]) == (1.0, 0.0)
+    assert maxima[1]["ratio"] > 1.0 and maxima[1]["gap"] > 1e-6
+
+
+def test_the_proximal_policy_is_the_one_at_the_start_of_each_step(tied_model: Path) -> None:
+    """Gradient of -sum min(c, p / b) A log pi / D with p frozen when the step began, over dense tables; cut into three
+    calls, in the second step too. The p of the step before would give another gradient."""
+    objective = PolicyGradient(proximal="learner", weight_high=1.5)
+    learner = PlainLearner(tied_model)
+    learner.begin_stage(replace(SPEC, objective=objective))
+    rollouts, advantages = make_rollouts(tied_model)
+    policies: list[Any] = []
+    for _ in range(2):
+        policy = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
+        policy.load_state_dict(dict(learner.weights()), strict=False)
+        policies.append(policy)
+        norms = []
+        for proximal in policies:
+            policy.zero_grad()
+            for rollout, advantage in zip(rollouts, advantages, strict=True):
+                table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / SPEC.temperature, -1)
+                logprobs = table.gather(-1, rollout.token_ids[1:, None])[:, 0]
+                frozen = dense_logprobs(proximal, rollout.token_ids) - rollout.sampler_logprobs
+                weights = frozen.exp().clamp(max=1.5)[1:]
+                (-(weights * advantage * logprobs)[rollout.loss_mask[1:]].sum() / 20.0).backward()
+            norms.append(float(torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()))
+        for start, end in ((0, 1), (1, 5), (5, 12)):
+            learner.accumulate(rollouts[start:end], advantages[start:end], learner_version=1, max_staleness=1)
+        assert learner.step(denominator=20.0, lr=0.2).grad_norm == pytest.approx(norms[-1], rel=1e-5)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3)
+
+
 # -- DeepSpeed against the plain learner -------------------------------------------------------------------------------
 
 OBJECTIVES: dict[str, Objective] = {
     "around-the-sampler": PolicyGradient(),
-    "around-the-learner": PolicyGradient(proximal="learner", tis_cap=1.1, aggregation="sequence_mean"),
+    "around-the-learner": PolicyGradient(proximal="learner", weight_high=1.1, aggregation="sequence_mean"),
+    "masked-weights": PolicyGradient(proximal="learner", weight_form="masked", weight_low=0.8, weight_high=1.3),
+    "gspo": PolicyGradient(ratio_level="sequence", aggregation="sequence_mean", clip_low=1e-3, clip_high=0.5),
+    "cispo-without-truncated": PolicyGradient(clip="cispo", clip_low=1.0, clip_high=0.3, truncated="mask"),
     "with-kl": PolicyGradient(kl_coef=0.5),
+    "with-kl-in-the-reward": PolicyGradient(kl_coef=0.5, kl_place="reward", kl_estimator="k1"),
     "supervised": Supervised(),
+    "dpo": Preference(beta=0.5, nll_coef=0.2),
+    "simpo": Preference(loss="simpo", beta=2.0, gamma=0.3),
 }
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
 def test_three_steps_are_those_of_the_specification(kind: Kind, tied_model: Path, objective: Objective) -> None:
-    job = Job(kind, tied_model, spec=replace(SPEC, objective=objective))
+    cuts = (6,) if isinstance(objective, Preference) else (7,)  # pairs are never cut
+    job = Job(kind, tied_model, spec=replace(SPEC, objective=objective), cuts=cuts)
     result, expected = run(job), run(replace(job, kind=PLAIN))
     tolerance = TOLERANCE[kind.dtype]
     assert error(result, expected) < tolerance
     assert result.norms == pytest.approx(expected.norms, rel=tolerance)
     for ours, theirs in zip(result.reports, expected.reports, strict=True):
         assert ours.tally.sums["tokens"] == theirs.tally.sums["tokens"]
-        assert ours.tally.sums == pytest.approx(theirs.tally.sums, abs=tolerance * theirs.tally.sums["tokens"])
+        per_token = tolerance * theirs.tally.sums["tokens"]
+        assert ours.tally.sums == pytest.approx(theirs.tally.sums, rel=tolerance, abs=per_token)
 
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
@@ -166,6 +220,23 @@ def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path
         {"cuts": tuple(range(1, 12))},
         {"rows": tuple(reversed(range(12))), "cuts": (2, 3)},
         {"gradient_checkpointing": True},
+    ]
+    for change in changes:
+        assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_the_step_does_not_depend_on_how_its_pairs_were_cut(kind: Kind, tied_model: Path) -> None:
+    """Calls may begin and end between pairs, and micro-batches hold one pair or all."""
+    spec = replace(SPEC, objective=Preference(beta=0.5))
+    job = Job(kind, tied_model, num_steps=2, spec=spec, cuts=(6,))
+    base = run(job)
+    assert base.reports[0].tally.sums["pairs"] == 5
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 10_000, "cuts": ()},
+        {"cuts": (2, 6, 8)},
+        {"rows": (6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5), "cuts": (2,)},
     ]
     for change in changes:
         assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
@@ -405,11 +476,13 @@ def rest_of(job: Job) -> Job:
 
 @pytest.fixture(scope="module")
 def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
-    """The whole run of every kind, and a step whose first call has one rollout: one of the ranks has nothing to train
-    there, and the collectives of the second call must still meet."""
+    """The whole run of every kind, and steps whose first call has one rollout, or one pair: one of the ranks has nothing
+    to train there, and the collectives of the second call must still meet."""
     jobs = {str(kind): whole_run(kind, tied_model, checkpoints / f"two-{kind}") for kind in DEEPSPEED}
     few = {f"{kind}-few": Job(kind, tied_model, rows=(0, 3, 4, 5, 6), cuts=(1,), num_steps=1) for kind in DEEPSPEED[:3]}
-    return jobs | few
+    pairs = replace(SPEC, objective=Preference(beta=0.5))
+    paired = {f"{kind}-pairs": Job(kind, tied_model, spec=pairs, cuts=(2,), num_steps=1) for kind in DEEPSPEED[:3]}
+    return jobs | few | paired
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +500,9 @@ def two_ranks_resumed(two_rank_jobs: dict[str, Job], two_ranks: object) -> dict[
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", [*map(str, DEEPSPEED), *(f"{kind}-few" for kind in DEEPSPEED[:3])])
+@pytest.mark.parametrize(
+    "name", [*map(str, DEEPSPEED), *(f"{kind}-{few}" for kind in DEEPSPEED[:3] for few in ("few", "pairs"))]
+)
 def test_two_ranks_take_the_steps_of_one(
     name: str, two_rank_jobs: dict[str, Job], two_ranks: dict[str, list[Result]]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.weights import checksum
 from rlpost.data.sources import ShuffledPrompts
 from rlpost.engines.plain_learner import PlainLearner
@@ -25,7 +25,12 @@ from rlpost.workers.local import LocalLearner, LocalSampler, LocalVerifier, Loca
 
 PROMPTS = tuple(
     Prompt(
-        id=f"prompt-{i}", token_ids=(10 + i, 20, 30), task="math", reference={}, demonstration_ids=(40 + i % 7, 41, 1)
+        id=f"prompt-{i}",
+        token_ids=(10 + i, 20, 30),
+        task="math",
+        reference={},
+        demonstration_ids=(40 + i % 7, 41, 1),
+        rejected_ids=(40 + (i + 3) % 7, 42, 43, 1),
     )
     for i in range(12)
 )
@@ -47,17 +52,18 @@ class MemoryTracker:
 
 @dataclass
 class DirectoryCheckpoints:
-    """Saves the learner like the real ones, without manifest or export."""
+    """Saves the learner like the real ones, without manifest; of exports it keeps the names."""
 
     root: Path
     written: list[Position] = field(default_factory=list)
+    exported: list[str] = field(default_factory=list)
 
     async def write(self, position: Position, learner: Any) -> None:
         await learner.save(self.path(position.step))
         self.written.append(position)
 
     async def export(self, stage: str, learner: Any) -> None:
-        pass
+        self.exported.append(stage)
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"
@@ -78,7 +84,7 @@ def make_stage(
     group_size: int = 4,
     max_tokens: int = 5,
     lr: float = 1e-3,
-    objective: PolicyGradient | Supervised | None = None,
+    objective: Objective | None = None,
     **settings: Any,
 ) -> Stage:
     objective = objective or (Supervised() if staleness is None else PolicyGradient())

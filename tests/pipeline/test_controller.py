@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 
 from rlpost.core.advantages import group_advantages
 from rlpost.core.objective import PolicyGradient
+from rlpost.core.preference import Preference
 from rlpost.core.weights import checksum
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
@@ -60,7 +63,7 @@ def synchronous_loop(model: Path, stage: Any) -> tuple[list[tuple[float, float]]
             group = [done[f"{place}-{index}"] for index in range(stage.group_size)]
             rewards = [parity_judge(RolloutGroup(prompt=PROMPTS[0], rollouts=()), r).reward for r in group]
             rollouts += group
-            advantages += group_advantages(torch.tensor(rewards), normalize_std=True).tolist()
+            advantages += group_advantages(torch.tensor(rewards), advantage="group_std").tolist()
         learner.accumulate(rollouts, advantages, learner_version=step, max_staleness=0)
         num_tokens = sum(r.num_response_tokens for r in rollouts)
         report = learner.step(denominator=num_tokens, lr=stage.lr)
@@ -74,6 +77,41 @@ def test_max_staleness_0_is_the_synchronous_loop_bit_for_bit(make_run: MakeRun, 
     losses, digest = synchronous_loop(tiny_model, stage)
     assert run.losses() == losses
     assert run.digest == digest
+
+
+def test_a_stage_on_given_pairs_learns_to_prefer_the_chosen(make_run: MakeRun) -> None:
+    """At the first step policy and reference are one: loss ln 2, no margin."""
+    stage = make_stage(staleness=None, steps=12, prompts=6, group_size=2, lr=3e-3, objective=Preference())
+    rows = make_run([stage]).start().tracker.of("step")
+    assert rows[0]["actor/pg_loss"] == rows[0]["preference/loss"] == pytest.approx(math.log(2))
+    assert rows[0]["preference/margin"] == 0.0 and rows[0]["preference/pairs"] == 6
+    assert rows[-1]["preference/accuracy"] == 1.0 and rows[-1]["preference/loss"] < 0.5 * rows[0]["preference/loss"]
+    assert not any(key.startswith(("reward/", "mismatch/", "actor/pg_clipfrac")) for row in rows for key in row)
+
+
+def test_a_stage_on_its_own_pairs_learns_from_the_judge_and_counts_ties(make_run: MakeRun) -> None:
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        low = int(rollout.token_ids[rollout.loss_mask][0]) < 150
+        return Judgement(reward=float(low), outcome="correct" if low else "wrong")
+
+    stage = make_stage(staleness=1, steps=20, prompts=6, lr=3e-3, objective=Preference())
+    rows = make_run([stage], judge=judge).start().tracker.of("step")
+    for row in rows:
+        assert row["preference/pairs"] == round(6 * (1 - row["reward/frac_zero_std"]))
+        assert row["staleness/token_max"] <= 1 and "actor/pg_clipfrac" not in row
+    assert any(0 < row["reward/frac_zero_std"] < 1 for row in rows)
+    first, last = ([row["reward/mean"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(last) > sum(first) + 1.0
+
+
+def test_a_step_of_ties_moves_nothing_and_says_so(make_run: MakeRun) -> None:
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        return Judgement(reward=0.5, outcome="correct")
+
+    run = make_run([make_stage(staleness=1, steps=2, objective=Preference())], judge=judge).start()
+    rows = run.tracker.of("step")
+    assert [row["reward/frac_zero_std"] for row in rows] == [1.0, 1.0]
+    assert [row["actor/grad_norm"] for row in rows] == [0.0, 0.0]
 
 
 def test_asynchrony_trains_the_same_prompts_on_older_tokens(make_run: MakeRun) -> None:
@@ -112,6 +150,37 @@ def test_n_steps_then_resume_then_n_equals_2n_bit_for_bit(make_run: MakeRun, sta
     resumed = make_run(stages, start=middle, load_from=whole.checkpoints.path(3)).start()
     assert resumed.losses() == whole.losses()[3:]
     assert resumed.digest == whole.digest
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_killed_between_a_stages_checkpoint_and_its_end_is_judged_and_exported_on_resume(
+    make_run: MakeRun, step: int
+) -> None:
+    sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
+    stages = [make_stage("a", staleness=None, steps=3), make_stage("b", staleness=0, steps=2)]
+    whole = make_run(stages, eval_sets=sets).start()
+    position = next(p for p in whole.checkpoints.written if p.step == step)
+    resumed = make_run(stages, eval_sets=sets, start=position, load_from=whole.checkpoints.path(step)).start()
+    whole_evals = [row for row in whole.tracker.of("eval") if row["step"] >= step]
+    assert resumed.tracker.of("eval") == whole_evals
+    assert [row["when"] for row in whole_evals] == (["a", "b"] if step == 3 else ["b"])
+    assert resumed.checkpoints.exported == [row["when"] for row in whole_evals]
+    assert resumed.digest == whole.digest
+
+
+def test_a_checkpoint_waits_for_the_evaluations_of_earlier_versions(make_run: MakeRun) -> None:
+    sets = [EvalSet(name="held-out", prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4)]
+    run = make_run([make_stage("a", staleness=2, steps=2), make_stage("b", staleness=2, steps=2)], eval_sets=sets)
+    judged_at_write: list[tuple[int, list[str]]] = []
+    write = run.checkpoints.write
+
+    async def spy(position: Position, learner: Any) -> None:
+        judged_at_write.append((position.step, [row["when"] for row in run.tracker.of("eval")]))
+        await write(position, learner)
+
+    run.checkpoints.write = spy  # type: ignore[method-assign]
+    run.start()
+    assert judged_at_write == [(2, ["start"]), (4, ["start", "a"])]
 
 
 def test_an_asynchronous_resume_trains_the_prompts_the_whole_run_trains(make_run: MakeRun) -> None:

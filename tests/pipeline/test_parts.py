@@ -84,7 +84,7 @@ def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(percent: 
     assert percentile([3.0], percent) == 3.0
 
 
-def record(waited_s: float, sampler: dict[str, float]) -> StepRecord:
+def record(waited_s: float, sampler: dict[str, float], evaluating_s: float = 0.0) -> StepRecord:
     return StepRecord(
         step=1,
         stage="s",
@@ -94,6 +94,7 @@ def record(waited_s: float, sampler: dict[str, float]) -> StepRecord:
         groups=(),
         seconds=10.0,
         waited_s=waited_s,
+        evaluating_s=evaluating_s,
         buffer={},
         export=None,
         publish_s=0.0,
@@ -112,3 +113,9 @@ def record(waited_s: float, sampler: dict[str, float]) -> StepRecord:
 )
 def test_the_verdict_names_who_waited_longer(waited_s: float, sampler: dict[str, float], line: str) -> None:
     assert verdict(record(waited_s, sampler)).startswith(line)
+
+
+def test_the_verdict_does_not_blame_samplers_that_served_an_evaluation() -> None:
+    line = verdict(record(6.1, {"generate": 10}, evaluating_s=5.0))
+    assert line.startswith("learner waited 61% while an evaluation had the samplers")
+    assert verdict(record(6.1, {"generate": 10}, evaluating_s=1.0)).startswith("learner waited 61% for rollouts")

@@ -1,0 +1,36 @@
+"""Batches for the objectives: by hand, and at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlpost.core.losses import rollout_weight
+from rlpost.types import TrainingBatch
+
+
+def make_batch(
+    sampler: Sequence[Sequence[float]],
+    mask: Sequence[Sequence[int]],
+    advantages: Sequence[float],
+    ages: Sequence[Sequence[int]] | None = None,
+    *,
+    aggregation: str = "token_mean",
+    dtype: torch.dtype = torch.float32,
+) -> TrainingBatch:
+    sampler_BT, mask_BT = torch.tensor(sampler, dtype=dtype), torch.tensor(mask, dtype=torch.bool)
+    lengths = mask_BT.sum(-1).tolist()
+    return TrainingBatch(
+        token_ids_BT=torch.zeros(sampler_BT.shape, dtype=torch.int64),
+        lengths_B=torch.full((len(sampler),), sampler_BT.shape[1]),
+        loss_mask_BT=mask_BT,
+        sampler_logprobs_BT=sampler_BT,
+        advantages_B=torch.tensor(advantages, dtype=dtype),
+        weights_B=torch.tensor([rollout_weight(n, aggregation=aggregation) for n in lengths], dtype=dtype),
+        ages_BT=torch.zeros(sampler_BT.shape, dtype=torch.int64) if ages is None else torch.tensor(ages),
+    )
+
+
+def rows_of(batch: TrainingBatch, rows: slice) -> TrainingBatch:
+    return TrainingBatch(**{name: getattr(batch, name)[rows] for name in TrainingBatch.__slots__})

@@ -1,0 +1,57 @@
+"""docs/algorithms.md: every row is a recipe, and resolves to the objective it promises."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpost.config import build_recipe
+from rlpost.core.objective import PolicyGradient
+from rlpost.core.preference import Preference
+from rlpost.run import objective_of
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
+ROW = re.compile(r"^\| (?P<method>[^|]+) \| `(?P<settings>[a-z_]+ = [^`]*)` \|.*https?://", re.MULTILINE)
+METHODS = {
+    m["method"]: tomllib.loads(f"algo = {{ {m['settings']} }}")["algo"] for m in ROW.finditer(DOCUMENT.read_text())
+}
+NAMED = {
+    "GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++ with baseline", "GSPO", "CISPO", "IcePop",
+    "DPO", "IPO", "SimPO", "ORPO",
+}  # fmt: skip
+DATA = {
+    "generated": {"source": "generated", "families": ["arithmetic"]},
+    "pairs": {"source": "pairs", "path": "p.jsonl", "prompt": "{prompt}", "chosen": "chosen", "rejected": "rejected"},
+}
+PIPELINE_KEYS = {"refill"}
+CASES = [
+    pytest.param(name, settings, id=f"{method} ({name})")
+    for method, settings in METHODS.items()
+    for name in (("dpo", "online_dpo") if "loss" in settings else ("grpo",))
+]
+
+
+def test_the_tables_have_the_methods_a_reader_looks_for() -> None:
+    assert set(METHODS) >= NAMED
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_every_row_is_a_recipe_and_all_its_settings_reach_the_learner(name: str, settings: dict[str, Any]) -> None:
+    stage = {
+        "name": "s",
+        "data": "pairs" if name == "dpo" else "generated",
+        "steps": 1,
+        "prompts_per_step": 1,
+        "max_response_tokens": 8,
+        "lr": 1e-6,
+        "algo": {"name": name, **settings},
+    }
+    recipe = build_recipe({"name": "t", "model": {"path": "m"}, "data": DATA, "stage": [stage]})
+    objective = objective_of(recipe.stage[0].algo)
+    assert isinstance(objective, PolicyGradient if name == "grpo" else Preference)
+    expected = {key: value for key, value in settings.items() if key not in PIPELINE_KEYS}
+    assert {key: getattr(objective, key) for key in expected} == expected
