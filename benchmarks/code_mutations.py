@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reward import Outcome, RewardPool, TaskLimits, gold_response
+from reward.pool import CODE_LIMITS
 from tests.reward.mutations import mutants, passes
 
 
@@ -29,23 +30,27 @@ def main() -> int:
     parser.add_argument(
         "--deadline", type=float, default=3.0, help="seconds for a mutation, in both ways of running it"
     )
+    parser.add_argument(
+        "--regrade-share", type=float, default=1.0, help="share of golds judged by the second path as well"
+    )
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     code = 0
     for name in arguments.sets:
         with gzip.open(arguments.data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
-        code |= golds(name, records, arguments.workers) | sweep(name, records, arguments)
+        code |= golds(name, records, arguments) | sweep(name, records, arguments)
     return code
 
 
-def golds(name: str, records: list[dict[str, Any]], workers: int) -> int:
+def golds(name: str, records: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    with RewardPool(code=TaskLimits(workers=workers, deadline_s=10.0), regrade_share=1.0) as pool:
+    limits = TaskLimits(workers=arguments.workers, deadline_s=CODE_LIMITS.deadline_s)
+    with RewardPool(code=limits, regrade_share=arguments.regrade_share) as pool:
         verdicts = pool.score_many([("code", gold_response("code", record), record) for record in records])
     wrong = [r["id"] for r, v in zip(records, verdicts, strict=True) if v.outcome is not Outcome.CORRECT]
     say(
-        f"{name}: {len(records) - len(wrong)} of {len(records)} golds score 1 at the default deadline of 10 s"
+        f"{name}: {len(records) - len(wrong)} of {len(records)} golds score 1 at the default deadline of {limits.deadline_s:g} s"
         f" {wrong or ''}; slowest {max(v.seconds for v in verdicts):.1f} s; second path: "
         f"{dict(Counter(str(v.second_opinion) for v in verdicts))}; flags: {dict(Counter(f for v in verdicts for f in v.flags))};"
         f" {time.perf_counter() - started:.0f} s"

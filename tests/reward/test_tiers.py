@@ -60,7 +60,7 @@ def weaker_pool(request: pytest.FixtureRequest) -> Iterator[RewardPool]:
         pytest.skip(f"this machine has no tier {tier}: {reason}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "probe", lambda: tier)
-        with RewardPool(code=TaskLimits(deadline_s=3.0), unsafe_allow_rlimits_only=True) as pool:
+        with RewardPool(code=TaskLimits(deadline_s=10.0), unsafe_allow_rlimits_only=True) as pool:
             yield pool
 
 
