@@ -48,7 +48,7 @@ def run(kind: str, model_path: Path, seed: int, num_steps: int, overrides: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     model_path = warm_model()
