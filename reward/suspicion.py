@@ -6,6 +6,7 @@ A text search, not a parse: hostile source is never parsed in a trusted process.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 _PATTERNS: dict[str, str] = {
@@ -40,11 +41,12 @@ def flags(program: str, expected: Sequence[str]) -> tuple[str, ...]:
     Args:
         expected: `squeeze`d texts of the values that the problem's tests expect.
 
-    "hard_coded": the program spells out at least two, and at least half, of the expected values that are long enough to be
-    telling, outside comments and docstrings.
+    "hard_coded": the program spells out at least two, and at least half, of the expected values that only one test expects
+    and that are long enough to be telling, outside comments and docstrings.
     """
     found = [name for name, pattern in _COMPILED.items() if pattern.search(program)]
-    telling = {text for text in expected if len(text) >= _MIN_TELLING_CHARS}
+    # A value that two tests expect names a class ("True", "Not matched!"), which an honest program spells as well.
+    telling = {text for text, count in Counter(expected).items() if count == 1 and len(text) >= _MIN_TELLING_CHARS}
     squeezed = squeeze(_PROSE.sub("", program)) if telling else ""
     spelled = sum(text in squeezed for text in telling)
     if spelled >= 2 and 2 * spelled >= len(telling):
