@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rlpost import __version__
 
@@ -35,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this machine against what rlpost was tested with")
 
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # An exception in the middle of an import can get lost there; until `run_recipe` there is nothing to clean up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     try:
         if arguments.command == "train":
             return _train(arguments)
@@ -46,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stopped(f"interrupted{''.join(f': {detail}' for detail in interrupt.args)}", EXIT_INTERRUPTED)
     except OSError as error:  # a disk that is full or read-only, mostly; the message names the file
         return _stopped(str(error), EXIT_FAILED)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"rlpost: interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _stopped(message: str, code: int) -> int:

@@ -97,6 +97,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         OSError: when the run directory cannot be written.
     """
     started = time.perf_counter()
+    _interruptible()
     # transformers imports DeepSpeed where it is installed, which then looks for accelerators; this process needs none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_dir = recipe.directory.resolve()
@@ -131,6 +132,12 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
     if code == 0:
         console.print(summarize_run(run_dir))
     return code
+
+
+def _interruptible() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, so that what was started is ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _in_background(function: Callable[[], T]) -> Future[T]:
@@ -471,7 +478,7 @@ def _ray(recipe: Recipe) -> Iterator[None]:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
             cleanup.enter_context(ended_with_this_process())
         cleanup.callback(ray.shutdown)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
+        _interruptible()  # Ray has put a handler of its own in place
         yield
 
 
