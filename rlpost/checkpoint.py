@@ -60,7 +60,8 @@ class RunCheckpoints:
         """
         final = self._root / f"step-{position.step:08d}"
         partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        for remains in self._root.glob("*.partial"):  # of a write that was killed
+            shutil.rmtree(remains)
         partial.mkdir(parents=True)
         self._check_room()
         await learner.save(partial / LEARNER)
@@ -115,19 +116,24 @@ def seal(directory: Path) -> None:
 
 
 def broken_files(directory: Path) -> list[str]:
-    """Files of a sealed directory that are missing or not as they were written; ["manifest.json"] without a manifest."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
+    """Files of a sealed directory that are missing or not as they were written; ["manifest.json"] if that is one."""
+    try:
+        hashes: Mapping[str, str] = json.loads((directory / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
         return [MANIFEST]
-    hashes: Mapping[str, str] = json.loads(manifest.read_text())
     return [
         name for name, digest in hashes.items() if not (directory / name).is_file() or _hash(directory / name) != digest
     ]
 
 
 def latest_checkpoint(run_dir: Path, on_broken: Callable[[Path, list[str]], None]) -> Checkpoint | None:
-    """The newest whole checkpoint; broken ones are reported and passed over."""
-    for path in reversed(_by_age(run_dir / "checkpoints")):
+    """The newest whole checkpoint; broken ones are reported and passed over. None when none was ever written.
+
+    Raises:
+        ValueError: when every one of them is broken: to begin again in their place would discard the run.
+    """
+    found = _by_age(run_dir / "checkpoints")
+    for path in reversed(found):
         if broken := broken_files(path):
             on_broken(path, broken)
             continue
@@ -141,6 +147,11 @@ def latest_checkpoint(run_dir: Path, on_broken: Callable[[Path, list[str]], None
                 pending=tuple(tuple(ordinals) for ordinals in position["pending"]),
             ),
             fingerprints=tuple(state["fingerprints"]),
+        )
+    if found:
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole ({', '.join(path.name for path in found)}): bring one back, or begin"
+            " again with another run_dir"
         )
     return None
 

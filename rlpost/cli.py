@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rlpost import __version__
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 """A wrong command, recipe or input: nothing was started."""
+EXIT_INTERRUPTED = 130
+"""By Ctrl-C or SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +38,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this machine against what rlpost was tested with")
 
     arguments = parser.parse_args(argv)
-    if arguments.command == "train":
-        return _train(arguments)
-    if arguments.command == "summary":
-        return _summary(arguments.run_dir)
-    return _doctor()
+    # An exception in the middle of an import can get lost there; until `run_recipe` there is nothing to clean up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        if arguments.command == "train":
+            return _train(arguments)
+        if arguments.command == "summary":
+            return _summary(arguments.run_dir)
+        return _doctor()
+    except KeyboardInterrupt as interrupt:
+        return _stopped(f"interrupted{''.join(f': {detail}' for detail in interrupt.args)}", EXIT_INTERRUPTED)
+    except OSError as error:  # a disk that is full or read-only, mostly; the message names the file
+        return _stopped(str(error), EXIT_FAILED)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"rlpost: interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _stopped(message: str, code: int) -> int:
+    sys.stderr.write(f"rlpost: {message}\n")
+    return code
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -57,8 +82,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return run_recipe(recipe, resume=arguments.resume, console=console)
     except RecipeError as error:
-        sys.stderr.write(f"rlpost: {error}\n")
-        return EXIT_USAGE
+        return _stopped(str(error), EXIT_USAGE)
 
 
 def _summary(run_dir: Path) -> int:
@@ -66,10 +90,11 @@ def _summary(run_dir: Path) -> int:
 
     from rlpost.summary import summarize_run
 
-    if not (run_dir / "metrics.jsonl").is_file():
-        sys.stderr.write(f"rlpost: {run_dir} is no run directory (it has no metrics.jsonl)\n")
-        return EXIT_USAGE
-    Console(soft_wrap=True).print(summarize_run(run_dir))
+    try:
+        summary = summarize_run(run_dir)
+    except ValueError as error:
+        return _stopped(str(error), EXIT_USAGE)
+    Console(soft_wrap=True).print(summary)
     return 0
 
 

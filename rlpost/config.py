@@ -491,8 +491,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}")
     try:
-        tree = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     return build_recipe(tree, overrides)
 
@@ -503,11 +503,13 @@ def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         _apply_override(raw, override)
     defaults = raw.pop("defaults", {})
+    if not isinstance(defaults, dict):
+        raise RecipeError(f"defaults = {defaults!r} is a value, not a table of stage keys")
     unknown = set(defaults) - set(StageConfig.model_fields)
     if unknown:
         raise RecipeError("\n".join(_unknown_key(f"defaults.{key}", key, StageConfig) for key in sorted(unknown)))
     if isinstance(raw.get("stage"), list):
-        raw["stage"] = [_inherit(defaults, stage) for stage in raw["stage"]]
+        raw["stage"] = [_inherit(defaults, stage) if isinstance(stage, dict) else stage for stage in raw["stage"]]
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -518,8 +520,10 @@ def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str,
     """The stage over the defaults; `algo` merges key by key unless the stage names another algorithm."""
     merged = {**defaults, **stage}
     default_algo, algo = defaults.get("algo"), stage.get("algo")
-    if default_algo and algo and algo.get("name", default_algo.get("name")) == default_algo.get("name"):
-        merged["algo"] = {**default_algo, **algo}
+    if isinstance(default_algo, dict) and isinstance(algo, dict):
+        name = default_algo.get("name")
+        if algo.get("name", name) == name:
+            merged["algo"] = {**default_algo, **algo}
     return merged
 
 
@@ -537,6 +541,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = _child(node, key, ".".join(parents[: depth + 1]))
     if isinstance(node, list):
         raise RecipeError(f"override {override!r}: say which entry of the list, then which key of it")
+    if not isinstance(node, dict):
+        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a value, not a table")
     node[last] = value
 
 

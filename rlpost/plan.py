@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 
 from rlpost.config import DataConfig, GeneratedData, Recipe, RecipeError, Sampled
 
@@ -87,18 +87,11 @@ def num_parameters(recipe: Recipe) -> int | None:
 
 
 def _safetensors_numel(file: Path) -> int:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    total = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        numel = 1
-        for size in entry["shape"]:
-            numel *= size
-        total += numel
-    return total
+    try:
+        with safe_open(file, "np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(f"{file} is damaged ({error}): copy or download it again") from error
 
 
 def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:

@@ -14,22 +14,34 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from rlpost.checkpoint import Checkpoint, RunCheckpoints, exported, latest_checkpoint
 from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.preference import Preference
 from rlpost.data.pairs import load_pairs
-from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
+from rlpost.data.sources import (
+    ShuffledPrompts,
+    TokenizerLike,
+    check_golds,
+    load_dataset_prompts,
+    load_generated,
+    local_file,
+)
 from rlpost.engines.pretrained import check_model_directory
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Controller, RunSettings, Stage
@@ -43,12 +55,15 @@ from rlpost.summary import summarize_run
 from rlpost.tracking import RunTracker, WandbOptions
 from rlpost.types import Prompt
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+T = TypeVar("T")
+EXIT_FAILED = 1
+RECIPE = "recipe.json"
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
 NUM_CHECKED_GENERATED = 32
 """Generated golds are right by construction; this many are still put before the verifier, to try the verifier."""
 INTERRUPT_SAVE_S = 60.0
+CONNECT_LIMIT_S = 5.0
 RESUMABLE = {
     "sampler",
     "verifier",
@@ -77,55 +92,91 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
     """Run every stage; returns the process's exit code.
 
     Raises:
-        RecipeError: when the recipe, its model or its data cannot be used; nothing was started then.
+        RecipeError: when the recipe, its model or its data cannot be used; the run directory is still free then.
+        KeyboardInterrupt: on SIGINT or SIGTERM; its argument, if any, says what was saved.
+        OSError: when the run directory cannot be written.
     """
     started = time.perf_counter()
+    _interruptible()
     # transformers imports DeepSpeed where it is installed, which then looks for accelerators; this process needs none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_dir = recipe.directory.resolve()
     checkpoint = _open_run_directory(recipe, run_dir, resume=resume, console=console)
-    model_path = _model_directory(recipe, run_dir)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as background:
-        preparing = background.submit(_prepare, recipe, model_path, checkpoint)
-        with _ray(recipe), contextlib.ExitStack() as cleanup:
-            from rlpost.workers.ray_workers import RayWorkers
+    for data in recipe.data.values():
+        if not isinstance(data, GeneratedData):
+            local_file(data)
+    model_path = _model_directory(recipe, run_dir, resume=resume)
+    preparing = _in_background(lambda: _prepare(recipe, model_path, checkpoint))
+    with _ray(recipe), contextlib.ExitStack() as cleanup:
+        from rlpost.workers.ray_workers import RayWorkers
 
-            workers = RayWorkers(
-                model_path=model_path,
-                sampler=recipe.sampler,
-                learner=recipe.learner,
-                verifier=recipe.verifier,
-                max_model_len=max_model_len(recipe),
-                log_dir=run_dir / "logs",
-            )
-            cleanup.callback(workers.close)
-            plan = preparing.result()
-            tracker = RunTracker(
-                run_dir,
-                name=recipe.name,
-                config=recipe.model_dump(mode="json"),
-                wandb=WandbOptions(
-                    mode=recipe.tracking.wandb, project=recipe.tracking.project, entity=recipe.tracking.entity
-                ),
-                resume_at_step=checkpoint.position.step if checkpoint else 0 if resume else None,
-                stages=[(stage.name, stage.plan.num_steps) for stage in plan.stages],
-                console=console,
-            )
-            with tracker:
-                tracker.log(
-                    "event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)}
-                )
-                for name, reasons in plan.left_out.items():
-                    if reasons:
-                        tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
-                code = _supervise(recipe, plan, workers, tracker, run_dir, console)
+        workers = RayWorkers(
+            model_path=model_path,
+            sampler=recipe.sampler,
+            learner=recipe.learner,
+            verifier=recipe.verifier,
+            max_model_len=max_model_len(recipe),
+            log_dir=run_dir / "logs",
+        )
+        cleanup.callback(workers.close)
+        plan = preparing.result()
+        tracker = _tracker(recipe, run_dir, plan, resume=resume, console=console)
+        with tracker:
+            if not resume:
+                _claim(run_dir, recipe)
+            tracker.log("event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)})
+            for name, reasons in plan.left_out.items():
+                if reasons:
+                    tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
+            code = _supervise(recipe, plan, workers, tracker, run_dir, console)
     if code == 0:
         console.print(summarize_run(run_dir))
     return code
 
 
+def _interruptible() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, so that what was started is ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _in_background(function: Callable[[], T]) -> Future[T]:
+    """Call in a thread that no interrupt has to wait for: it may be in the middle of a download."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="data", daemon=True).start()
+    return future
+
+
+def _tracker(recipe: Recipe, run_dir: Path, plan: _Plan, *, resume: bool, console: Console) -> RunTracker:
+    step = plan.start.position.step if plan.start else 0 if resume else None
+    options = recipe.tracking
+    try:
+        return RunTracker(
+            run_dir,
+            name=recipe.name,
+            config=recipe.model_dump(mode="json"),
+            wandb=WandbOptions(mode=options.wandb, project=options.project, entity=options.entity),
+            resume_at_step=step,
+            stages=[(stage.name, stage.plan.num_steps) for stage in plan.stages],
+            console=console,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
 def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, run_dir: Path, console: Console) -> int:
-    """Run the controller; an interrupt saves what was learned, an error says how to go on."""
+    """Run the controller; an error says how to go on.
+
+    Raises:
+        KeyboardInterrupt: when a signal ended the run, saying what was saved.
+    """
     checkpoints = RunCheckpoints(
         run_dir,
         fingerprints=[stage.prompts.fingerprint for stage in plan.stages],
@@ -144,14 +195,13 @@ def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, r
     first_step = controller.buffer.step
     hint = f"Continue with the same command and --resume. Logs: {run_dir / 'logs'}"
     try:
-        asyncio.run(_until_interrupted(controller, checkpoints, first_step))
+        asyncio.run(_until_interrupted(controller, checkpoints, first_step, console))
     except KeyboardInterrupt:
-        saved = checkpoints.last_step
-        where = f"the policy of step {saved} is saved" if saved is not None else "nothing was learned yet"
-        console.print(f"[bold]interrupted[/]: {where}. {hint}")
+        saved = first_step if checkpoints.last_step is None else checkpoints.last_step
+        where = f"the policy of step {saved} is saved" if saved else "nothing was learned yet"
         tracker.close("interrupted")
-        return EXIT_INTERRUPTED
-    except (WorkerLost, RuntimeError, OSError) as error:
+        raise KeyboardInterrupt(f"{where}. {hint}") from None
+    except (WorkerLost, RuntimeError, OSError, SafetensorError) as error:
         console.print("[bold red]the run stopped[/]:", style=None, end=" ")
         console.print(str(error), markup=False)
         console.print(hint, markup=False)
@@ -160,23 +210,38 @@ def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, r
     return 0
 
 
-async def _until_interrupted(controller: Controller, checkpoints: RunCheckpoints, first_step: int) -> None:
-    """Run; on SIGINT or SIGTERM stop between two steps and write a checkpoint.
+async def _until_interrupted(
+    controller: Controller, checkpoints: RunCheckpoints, first_step: int, console: Console
+) -> None:
+    """Run; on SIGINT or SIGTERM stop between two steps and write a checkpoint; on a second one leave as it is.
 
     Raises:
         KeyboardInterrupt: when a signal ended the run.
     """
-    loop = asyncio.get_running_loop()
+    loop, whole = asyncio.get_running_loop(), asyncio.current_task()
+    assert whole is not None
     run = asyncio.ensure_future(controller.run())
+    num_signals = 0
+
+    def stop() -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals == 1:
+            console.print("stopping with a checkpoint after this step; a second interrupt leaves without one")
+        (run if num_signals == 1 else whole).cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, run.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         await run
     except asyncio.CancelledError:
         position = controller.buffer.position()
-        if position.step > first_step and position.step != checkpoints.last_step:
+        unsaved = position.step > first_step and position.step != checkpoints.last_step
+        # A second signal may have cut a step in two: weights and position need not agree any more.
+        if unsaved and num_signals == 1:
             saving = checkpoints.write(position, controller.workers.learner)
-            await within(INTERRUPT_SAVE_S, saving, worker="learner", phase="checkpoint on interrupt")
+            with contextlib.suppress(asyncio.CancelledError):
+                await within(INTERRUPT_SAVE_S, saving, worker="learner", phase="checkpoint on interrupt")
         raise KeyboardInterrupt from None
 
 
@@ -184,19 +249,25 @@ async def _until_interrupted(controller: Controller, checkpoints: RunCheckpoints
 
 
 def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: Console) -> Checkpoint | None:
-    """Claim a fresh directory, or find the checkpoint to continue from."""
-    stored = run_dir / "recipe.json"
+    """Make a fresh directory, or find the checkpoint to continue from."""
+    stored = run_dir / RECIPE
     if not resume:
         if stored.exists():
             raise RecipeError(
                 f"{run_dir} already holds a run: continue it with --resume, choose another run_dir, or delete it"
             )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "commit": _commit()}, indent=2))
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_dir).close()
+        except OSError as error:
+            raise RecipeError(f"run_dir = {run_dir} cannot be written ({error.strerror}): choose another") from error
         return None
     if not stored.exists():
         raise RecipeError(f"nothing to resume: {run_dir} holds no run. Start it without --resume")
-    before: Mapping[str, Any] = json.loads(stored.read_text())["recipe"]
+    try:
+        before: Mapping[str, Any] = json.loads(stored.read_text())["recipe"]
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{stored} is damaged ({error}): bring it back, or choose another run_dir") from error
     now = recipe.model_dump(mode="json")
     changed = sorted(key for key in now if key not in RESUMABLE and now[key] != before.get(key))
     if changed:
@@ -204,9 +275,14 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
             f"the recipe differs from the one this run began with in {changed}. Resume with the recipe as it was"
             f" ({stored}); only {sorted(RESUMABLE)} may change"
         )
-    checkpoint = latest_checkpoint(
-        run_dir, lambda path, files: console.print(f"passing over {path}: {files} are not as they were written")
-    )
+
+    def report(path: Path, files: list[str]) -> None:
+        console.print(f"passing over {path}: {', '.join(files)} not as written", markup=False)
+
+    try:
+        checkpoint = latest_checkpoint(run_dir, report)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
     elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
@@ -216,15 +292,26 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
     return checkpoint
 
 
-def _model_directory(recipe: Recipe, run_dir: Path) -> Path:
+def _claim(run_dir: Path, recipe: Recipe) -> None:
+    """From here on the directory holds a run, to be continued or left alone."""
+    content = {"recipe": recipe.model_dump(mode="json"), "commit": _commit()}
+    (run_dir / RECIPE).write_text(json.dumps(content, indent=2))
+
+
+def _model_directory(recipe: Recipe, run_dir: Path, *, resume: bool) -> Path:
     """The policy to start from, as a local directory: built here, given, or from the hub."""
     build, name = recipe.model.build, recipe.model.path
     if build is not None:
         from rlpost.engines.scratch import build_model
 
         path = run_dir / "model"
-        if not (path / "config.json").exists():
-            build_model(path, **build.model_dump(), seed=derive_seed(recipe.seed, "model") % 2**31)
+        if not resume:  # whatever an attempt with other sizes left there
+            try:
+                build_model(path, **build.model_dump(), seed=derive_seed(recipe.seed, "model") % 2**31)
+            except ValueError as error:
+                raise RecipeError(f"model.build: {error}") from error
+            except SafetensorError as error:
+                raise OSError(f"the model could not be written to {path}: {error}") from error
         return path
     assert name is not None
     path = Path(name)
@@ -261,7 +348,10 @@ def _prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) ->
     """Load and check all data; resolve the stages."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise RecipeError(f"the tokenizer in {model_path} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(
             f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
@@ -361,8 +451,12 @@ def _settings(recipe: Recipe) -> RunSettings:
 
 
 @contextlib.contextmanager
-def _ray(recipe: Recipe) -> Any:
-    """Join the recipe's cluster, or start one on this machine that ends with the run."""
+def _ray(recipe: Recipe) -> Iterator[None]:
+    """Join the recipe's cluster, or start one on this machine that ends with the run.
+
+    Raises:
+        RecipeError: when the recipe names a cluster that does not answer.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray would run its workers at nice 15: whatever else this machine does would starve the run.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -372,11 +466,35 @@ def _ray(recipe: Recipe) -> Any:
 
     with contextlib.ExitStack() as cleanup:
         if recipe.ray_address is not None:
-            ray.init(address=recipe.ray_address, log_to_driver=False)
+            _check_answers(recipe.ray_address)
+            try:
+                ray.init(address=recipe.ray_address, log_to_driver=False)
+            except ConnectionError as error:
+                raise _no_cluster(recipe.ray_address, error) from error
         else:
             from rlpost.workers.orphans import ended_with_this_process
 
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            # Not one that RAY_ADDRESS, or another run on this machine, has left.
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
             cleanup.enter_context(ended_with_this_process())
         cleanup.callback(ray.shutdown)
+        _interruptible()  # Ray has put a handler of its own in place
         yield
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would wait for minutes, and no signal would reach it."""
+    url = urlsplit(address if "//" in address else f"//{address}")
+    if url.hostname is None or url.port is None:
+        return  # such as "auto", for which Ray looks at this machine
+    try:
+        socket.create_connection((url.hostname, url.port), timeout=CONNECT_LIMIT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"ray_address = {address!r} does not answer ({error}): start it (ray start --head), open the port, or leave"
+        " ray_address out to use this machine alone"
+    )

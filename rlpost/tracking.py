@@ -94,13 +94,17 @@ class RunTracker:
             self._mirror.put(kind, row)
 
     def close(self, error: str | None = None, *, deadline_s: float = 10.0) -> None:
-        """End the run: give wandb `deadline_s` to take what is still queued. A second call does nothing."""
+        """End the run: give wandb `deadline_s` to take what is still queued. A second call does nothing.
+
+        A run that ends by an error may have no disk left to say so on.
+        """
         if self._closed:
             return
         self._closed = True
         if self._mirror is not None:
             self._mirror.close(deadline_s)
-        self._event("run_end", error=error)
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._event("run_end", error=error)
         with self._lock:
             self._progress.flush()
 

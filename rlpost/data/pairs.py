@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlpost.config import PairData, RecipeError
-from rlpost.data.sources import TokenizerLike, fill, prompt_ids, read_rows, response_ids
+from rlpost.data.sources import TokenizerLike, check_filled, fill, prompt_ids, read_rows, response_ids
 from rlpost.types import Prompt
 
 
@@ -26,6 +26,7 @@ def load_pairs(
     prompts: list[Prompt] = []
     left_out: Counter[str] = Counter()
     for index, row in enumerate(rows):
+        check_filled(row, index, config)
         token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
         chosen, rejected = (str(row[column] or "") for column in (config.chosen, config.rejected))
         chosen_ids, rejected_ids = response_ids(chosen, tokenizer), response_ids(rejected, tokenizer)

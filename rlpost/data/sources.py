@@ -14,6 +14,8 @@ from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, Ver
 from rlpost.data.generated import FAMILIES, problems
 from rlpost.types import Prompt
 
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+"""A column's name in a prompt template."""
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -90,12 +92,13 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
     """Read a dataset and map its rows to prompts, in the dataset's order.
 
     Raises:
-        RecipeError: when the file, a column or the template is wrong, naming what exists.
+        RecipeError: when the file, a column, a value or the template is wrong, naming what exists.
     """
     used = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration)
     rows = read_rows(config, columns=used)
     prompts = []
     for index, row in enumerate(rows):
+        check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
         token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
         if len(token_ids) > config.max_prompt_tokens:
             continue
@@ -118,23 +121,44 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
 def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
     """The data set's rows, once it is known to have `columns` and those of the prompt's template."""
     rows = _read(config)
-    placeholders = re.findall(r"\{(\w+)\}", config.prompt)
-    missing = sorted({name for name in (*placeholders, *columns) if name and name not in rows.column_names})
+    names = (*PLACEHOLDER.findall(config.prompt), *columns)
+    missing = sorted({name for name in names if name and name not in rows.column_names})
     if missing:
         raise RecipeError(f"{config.path} has no column {missing}; it has {sorted(rows.column_names)}")
     return rows
 
 
+def local_file(config: FileData) -> Path | None:
+    """The file that the data is read from; None for a name on the hub.
+
+    Raises:
+        RecipeError: when there is none.
+    """
+    path = Path(config.path)
+    if _suffix(path) not in FILE_READERS:
+        return None
+    if not path.is_file():
+        raise RecipeError(f"no data file at {path}; give another path with data.<name>.path=...")
+    return path
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
 def _read(config: FileData) -> Any:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     datasets.disable_progress_bars()
-    path = Path(config.path)
-    suffix = path.name.removesuffix(".gz")[path.name.removesuffix(".gz").rfind(".") :]
-    if suffix in FILE_READERS:
-        if not path.is_file():
-            raise RecipeError(f"no data file at {path}; give another path with data.<name>.path=...")
-        return datasets.load_dataset(FILE_READERS[suffix], data_files=str(path), split="train")
+    path = local_file(config)
+    if path is not None:
+        try:
+            return datasets.load_dataset(FILE_READERS[_suffix(path)], data_files=str(path), split="train")
+        except StopIteration:  # what datasets makes of a JSON file without a row
+            raise RecipeError(f"{path} has no rows") from None
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise RecipeError(f"{path} could not be read: {_reason(error)}. Mend it, or leave rows out") from error
     try:
         return datasets.load_dataset(config.path, config.config, split=config.split)
     except (OSError, ValueError, ConnectionError) as error:
@@ -145,9 +169,23 @@ def _read(config: FileData) -> Any:
         ) from error
 
 
+def _reason(error: BaseException) -> str:
+    """The first cause of an error that datasets has wrapped."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """The template with every {column} replaced by the row's."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(row[match.group(1)]), template)
+    return PLACEHOLDER.sub(lambda match: str(row[match.group(1)]), template)
+
+
+def check_filled(row: Mapping[str, Any], index: int, config: FileData, *, columns: Iterable[str | None] = ()) -> None:
+    """Raises RecipeError when the row lacks a value of `columns` or of the prompt's template."""
+    names = (*PLACEHOLDER.findall(config.prompt), *columns)
+    if empty := sorted({name for name in names if name and row[name] is None}):
+        raise RecipeError(f"{config.path}, row {index} has no value in {empty}: fill it, or leave the row out")
 
 
 def prompt_ids(text: str, config: FileData, tokenizer: TokenizerLike) -> tuple[int, ...]:

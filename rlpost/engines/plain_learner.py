@@ -132,6 +132,6 @@ def check_finite(grad_norm: float) -> None:
     """Raises RuntimeError when a step's gradient holds an infinity or NaN."""
     if not 0 <= grad_norm < float("inf"):
         raise RuntimeError(
-            f"the gradient's norm is {grad_norm}: the run has diverged. Resume from the last checkpoint with a lower lr"
-            " or a smaller max_grad_norm"
+            f"the gradient's norm is {grad_norm}: the run has diverged. Begin again with a lower lr or a smaller"
+            " max_grad_norm, in another run_dir"
         )

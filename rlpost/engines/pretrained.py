@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,17 +19,42 @@ def check_model_directory(path: Path) -> None:
     """Refuse a directory that could not be trained and served.
 
     Raises:
-        ValueError: naming what is missing and how to get it.
+        ValueError: naming what is missing or damaged and how to get it.
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"model.path = {str(path)!r} has no config.json: give a Hugging Face model directory")
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(f"model.path = {str(path)!r} has no *.safetensors: save the model with save_pretrained")
+    if "model_type" not in _json(path / "config.json"):
+        raise ValueError(f"{path / 'config.json'} names no model_type: save the model with save_pretrained")
+    _check_weights(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(
             f"model.path = {str(path)!r} has no tokenizer (tokenizer.json): save it there with"
             " AutoTokenizer.from_pretrained(...).save_pretrained"
         )
+    for file in path.glob("tokenizer*.json"):
+        _json(file)
+
+
+def _check_weights(path: Path) -> None:
+    """Every file of weights is there, and as long as its header says."""
+    index = path / "model.safetensors.index.json"
+    listed = set(_json(index)["weight_map"].values()) if index.is_file() else set()
+    files = sorted(listed | {file.name for file in path.glob("*.safetensors")})
+    if not files:
+        raise ValueError(f"model.path = {str(path)!r} has no *.safetensors: save the model with save_pretrained")
+    for name in files:
+        try:
+            with safe_open(path / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path / name} is missing or damaged ({error}): copy or download it again") from error
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy or download it again") from error
 
 
 def save_pretrained(tensors: Mapping[str, Tensor], source: Path, path: Path) -> None:

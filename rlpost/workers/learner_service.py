@@ -61,7 +61,7 @@ class LearnerService:
             if broken:
                 raise RuntimeError(
                     f"version {version} has non-finite values in {broken[0]} ({len(broken)} tensors in all): the run has"
-                    " diverged. Resume from the last checkpoint with a lower lr or a smaller max_grad_norm"
+                    " diverged. Begin again with a lower lr or a smaller max_grad_norm, in another run_dir"
                 )
             unchanged = None if self._published is None else unchanged_fraction(self._published, tensors)
             self._published = tensors
