@@ -23,7 +23,7 @@ def test_a_slow_program_delays_no_math_verdict() -> None:
         pool.score("math", r"\boxed{\sqrt{12}}", {"answer": r"2\sqrt{3}"})  # the server is warm
         slow = [pool.submit("code", response("import time\ndef f(x): time.sleep(99)"), REFERENCE) for _ in range(2)]
         for answer in (r"\boxed{5}", r"\boxed{\sqrt{25}}"):
-            assert pool.score("math", answer, {"answer": "5"}).outcome is Outcome.CORRECT
+            assert pool.submit("math", answer, {"answer": "5"}).result().outcome is Outcome.CORRECT
         assert not any(future.done() for future in slow)
         verdicts = [future.result() for future in slow]
     assert [verdict.outcome for verdict in verdicts] == [Outcome.TIMEOUT] * 2

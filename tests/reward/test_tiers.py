@@ -119,8 +119,8 @@ def test_landlock_opens_nothing_outside_and_changes_nothing(weaker_pool: RewardP
 
 
 def test_without_a_tmpfs_the_disk_is_still_held_to_its_size(weaker_pool: RewardPool) -> None:
-    """64 MiB may be used; a program that writes 8 GiB in files of 1 MiB is ended long before."""
-    fill = "def f(x):\n    for i in range(8192):\n        with open(str(i), 'wb') as file: file.write(bytes(2**20))\n    return 48271"
+    """64 MiB may be used; a program that would be right after half a GiB in files of 1 MiB is ended before."""
+    fill = "def f(x):\n    for i in range(512):\n        with open(str(i), 'wb') as file: file.write(bytes(2**20))\n    return 48271"
     verdict = weaker_pool.score("code", response(fill), {"tests": ["assert f(2) == 48271"]})
     assert verdict.reward == 0.0
     assert leftovers(weaker_pool) == []
