@@ -1,6 +1,6 @@
 """Rollouts trained per second: asynchronous (max_staleness = 2) against synchronous (0), at equal final accuracy.
 
-    python benchmarks/async_vs_sync.py
+    python -m benchmarks.async_vs_sync
 
 The quickstart's math stage from its warm model, one sampler and one learner on a core each. Runs alternate, one of each
 kind per seed. The rate is taken from the end of the tenth step to the end of the last: engines are warm then, and the
@@ -13,7 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from common import RUNS, describe, rows, train, warm_model
+from benchmarks.common import RUNS, describe, rows, train, warm_model
 
 FIRST_STEP = 10
 STALENESS = {"asynchronous": 2, "synchronous": 0}

@@ -1,7 +1,7 @@
 """Log-probs of sampled tokens from hidden states: chunked (`core.logprobs`) against plain PyTorch, memory and time.
 
-    python benchmarks/logprobs_memory.py                     # sizes of Qwen2.5-0.5B's output layer, 8,192 tokens, float32
-    python benchmarks/logprobs_memory.py --device cuda --dtype bfloat16
+    python -m benchmarks.logprobs_memory                     # sizes of Qwen2.5-0.5B's output layer, 8,192 tokens, float32
+    python -m benchmarks.logprobs_memory --device cuda --dtype bfloat16
 
 Both forms give log-probs and entropies and run backward. The plain form is what one writes first: linear, float32,
 log_softmax, gather, under autograd.

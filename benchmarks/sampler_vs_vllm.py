@@ -1,6 +1,6 @@
 """Tokens per second of rlpost's sampler worker against bare vLLM (`LLM.generate`) on the same prompts.
 
-    python benchmarks/sampler_vs_vllm.py
+    python -m benchmarks.sampler_vs_vllm
 
 Two processes on one core each stay up and take turns, round by round, so that a noisy machine treats both alike. Bare
 vLLM is timed twice: asked for what RL needs (the log-prob of each sampled token, a seed per request), and asked for text
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import RUNS, describe, warm_model
+from benchmarks.common import ROOT, RUNS, describe, warm_model
 
 PROMPTS, GROUP_SIZE, MAX_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 8, 48, 256, 256
 KV_CACHE_MIB = 64
@@ -110,13 +110,24 @@ class Side:
     def __init__(self, role: str, model_path: Path, dtype: str) -> None:
         from rlpost.engines.vllm_sampler import environment
 
-        command = [sys.executable, __file__, "--role", role, "--model", str(model_path), "--dtype", dtype]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.sampler_vs_vllm",
+            "--role",
+            role,
+            "--model",
+            str(model_path),
+            "--dtype",
+            dtype,
+        ]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            cwd=ROOT,
             env={**os.environ, **environment("cpu", num_threads=1)},
         )
 

@@ -1,6 +1,6 @@
 """Seconds from the command to the first optimizer step of RL, with a warm model on disk.
 
-    python benchmarks/time_to_first_step.py
+    python -m benchmarks.time_to_first_step
 
 The quickstart's math stage from its warm model, without evaluation. A new process each time: interpreter, Ray, vLLM,
 DeepSpeed, verifiers, one step of 128 rollouts.
@@ -12,7 +12,7 @@ import argparse
 import shutil
 import time
 
-from common import RUNS, describe, rows, train, warm_model
+from benchmarks.common import RUNS, describe, rows, train, warm_model
 
 
 def main() -> None:
