@@ -1,4 +1,4 @@
-"""Final answers of math responses: where they are stated, and which are the same for certain. No evaluation of text.
+"""Which final answers are the same, or not the same, for certain: by text and exact numbers. No evaluation of text.
 
 Everything here runs in the trusted process on hostile text, so every step is linear in its length or works on a bounded
 piece of it.
@@ -6,21 +6,13 @@ piece of it.
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
-MAX_ANSWER_CHARS = 1000
-"""Longer "answers" are not answers; nothing downstream sees them."""
 _MAX_NUMBER_CHARS = 100
-_TAIL_CHARS = 4000
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_HASH = re.compile(r"^[ \t]*####[ \t]*([^\n]*)", re.MULTILINE)
-_TAG = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
-_PHRASE = re.compile(r"\banswer\b[^\S\n]{0,3}(?:is|:|=)[^\S\n]{0,3}:?([^\n]*)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\.(?=\s|$)")
-_HEDGE = re.compile(r"[\s$,.]*(?:\\text\{)?\s*or\b[\s}$]*\Z", re.IGNORECASE)
-
+_MAX_TUPLE_CHARS = 300
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _REMOVED = re.compile(
     r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\\[!,;: ]|~|\\\$|\$|\^\{?\\circ\}?|\\\(|\\\)|\\\[|\\\]"
@@ -30,61 +22,18 @@ _FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+)")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z \-']*")
+_ROOT = r"(?:\\sqrt\{(\d+)\}|\\sqrt(\d))"
+_SURD = re.compile(
+    rf"(-?)(?:(\d*)(?:{_ROOT}|(\\pi))(?:/(\d+))?|\\frac\{{(-?\d*)(?:{_ROOT}|(\\pi))\}}\{{(\d+)\}}|\\frac\{{(\d+)\}}\{{(\d+)\}}(?:{_ROOT}|(\\pi)))"
+)
+_PAIR = re.compile(r"\(([^()\[\],;]+(?:,[^()\[\],;]+)+)\)")
 
 
-def final_answer(response: str) -> str | None:
-    """The last stated final answer, or None if the response states none.
+class Exact(NamedTuple):
+    """`rational` for kind "", `rational` times pi for kind "pi", and the root of |`rational`| with its sign for kind "root"."""
 
-    The last `\\boxed{}` decides; without a box an <answer> tag, then "#### ...", then "answer is ...". Only what follows
-    a thinking part counts, and a thinking part that never ends has no answer. A last box that is cut off, empty, too
-    long, or one of two joined by "or" is not an answer either.
-    """
-    before, end, after = response.rpartition("</think>")
-    text = after if end else before + after
-    if not end and "<think>" in response:
-        return None
-    opening = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    answer = _last_box(text, opening) if opening >= 0 else _stated(text[-_TAIL_CHARS:])
-    answer = answer.strip() if answer else ""
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
-
-
-def _last_box(text: str, opening: int) -> str | None:
-    box = _BOX.match(text, opening)
-    if box is None:
-        return None
-    answer = _box_content(text, box.end())
-    before = text[max(0, opening - MAX_ANSWER_CHARS) : opening]
-    if answer is not None and _HEDGE.search(before[-40:]):
-        other = _BOX.search(before)
-        while other is not None and (later := _BOX.search(before, other.end())) is not None:
-            other = later
-        if other is not None and _box_content(before, other.end()) not in (None, answer):
-            return None
-    return answer
-
-
-def _box_content(text: str, start: int) -> str | None:
-    """What stands in the braces that open at `start`, balanced; or the one token there without braces."""
-    if text[start : start + 1] != "{":
-        bare = re.compile(r"[^\s$\\{}.,;]+").match(text, start)
-        return bare[0] if bare else None
-    depth = 0
-    for brace in _BRACE.finditer(text, start, start + MAX_ANSWER_CHARS + 2):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start + 1 : brace.start()]
-    return None
-
-
-def _stated(text: str) -> str | None:
-    for pattern in (_TAG, _HASH, _PHRASE):
-        if found := pattern.findall(text):
-            answer: str = found[-1]
-            if pattern is _PHRASE and (stop := _SENTENCE_END.search(answer)):
-                answer = answer[: stop.start()]
-            return answer.strip().strip("*_ ")
-    return None
+    kind: str
+    rational: Fraction
 
 
 def normalize(answer: str) -> str:
@@ -110,6 +59,26 @@ def exact_number(text: str) -> Fraction | None:
     return Fraction(text) if _DECIMAL.fullmatch(text) else None
 
 
+def exact_value(text: str) -> Exact | None:
+    """`exact_number`, and rational multiples of pi or of the square root of an integer; None for anything else."""
+    if (number := exact_number(text)) is not None:
+        return Exact("", number)
+    if len(text) > _MAX_NUMBER_CHARS or not text.isascii() or (match := _SURD.fullmatch(text)) is None:
+        return None
+    sign, f1, r1, s1, pi1, d1, f2, r2, s2, pi2, d2, f3, d3, r3, s3, pi3 = match.groups()
+    above, below, radicand = f1 or f2 or f3 or "1", d1 or d2 or d3 or "1", r1 or s1 or r2 or s2 or r3 or s3
+    factor = Fraction(int(above + "1" if above == "-" else above), int(below)) if int(below) else None
+    if factor is None:
+        return None
+    factor = -factor if sign else factor
+    if pi1 or pi2 or pi3:
+        return Exact("pi", factor) if factor else Exact("", factor)
+    root = math.isqrt(int(radicand))
+    if root * root == int(radicand):
+        return Exact("", factor * root)
+    return Exact("root", abs(factor) * factor * int(radicand)) if factor else Exact("", factor)
+
+
 def same_for_certain(gold: str, answer: str) -> bool | None:
     """True or False where plain comparison decides it, None where mathematics is needed. Symmetric.
 
@@ -119,34 +88,37 @@ def same_for_certain(gold: str, answer: str) -> bool | None:
     left, right = normalize(gold), normalize(answer)
     if left == right:
         return True
+    if "%" in gold + answer and "circ" in gold + answer:
+        return None
+    tuples = _PAIR.fullmatch(left[:_MAX_TUPLE_CHARS]), _PAIR.fullmatch(right[:_MAX_TUPLE_CHARS])
+    if tuples[0] and tuples[1]:
+        return _same_tuples(tuples[0][1].split(","), tuples[1][1].split(","))
     left_bare, right_bare = left.removesuffix("%").removesuffix("\\"), right.removesuffix("%").removesuffix("\\")
-    left_value, right_value = exact_number(left_bare), exact_number(right_bare)
+    left_value, right_value = exact_value(left_bare), exact_value(right_bare)
     if left_value is None or right_value is None:
         both_words = _WORDS.fullmatch(left) and _WORDS.fullmatch(right)
         return True if both_words and left.casefold() == right.casefold() and len(left) > 3 else None
     if (left_bare == left) == (right_bare == right):
-        return _equal_or_close(left_value, right_value)
+        return _same_values(left_value, right_value)
     percent, plain = (right_value, left_value) if left_bare == left else (left_value, right_value)
-    return plain in (percent, percent / 100)
-
-
-def _equal_or_close(left: Fraction, right: Fraction) -> bool | None:
-    """None for numbers so close that one may be a rounding of the other: how close is enough is math-verify's to say."""
-    if left != right and abs(left - right) * 10_000 <= max(abs(left), abs(right)):
+    if percent.kind or plain.kind:
         return None
-    return left == right
+    return plain.rational in (percent.rational, percent.rational / 100)
 
 
-def unwrap_equation(answer: str, other: str) -> str:
-    """`x = 5` as `5` next to an answer without an equals sign; for other equations the text itself.
+def _same_tuples(left: list[str], right: list[str]) -> bool | None:
+    values = [(exact_value(a), exact_value(b)) for a, b in zip(left, right, strict=False)]
+    verdicts = [_same_values(a, b) if a is not None and b is not None else None for a, b in values]
+    if False in verdicts:
+        return False
+    return None if None in verdicts or len(left) != len(right) else True
 
-    Done to both sides before math-verify, which unwraps in one direction only. The left side must be a name, a function
-    of a name, or free of names: "2x + z = 1" does not state that something is 1.
-    """
-    if "=" in other or answer.count("=") < 1 or re.search(r"[<>!]=|\\[lgn]eq?\b|\\neq", answer):
-        return answer
-    left = answer.partition("=")[0].strip(" $")
-    value = answer.rpartition("=")[2].strip()
-    named = re.fullmatch(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\s*\([A-Za-z, ]*\))?", left)
-    numeric = not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", left)) and re.search(r"\d", left)
-    return value if value and (named or numeric) else answer
+
+def _same_values(left: Exact, right: Exact) -> bool | None:
+    """None for numbers so close that one may be a rounding of the other: how close is enough is for `judge` to say."""
+    if left.kind == right.kind:
+        close = abs(left.rational - right.rational) * 10_000 <= max(abs(left.rational), abs(right.rational))
+        return left.rational == right.rational if left.rational == right.rational or not close else None
+    # Of different kinds, so not equal; but a decimal may round a multiple of pi or a root.
+    rational = left if left.kind == "" else right
+    return False if (left.kind and right.kind) or rational.rational.denominator == 1 else None

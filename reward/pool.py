@@ -205,16 +205,16 @@ class _Worker(Protocol):
 class _MathWorker:
     def __init__(self, limits: TaskLimits, tier: Tier) -> None:
         self._deadline_s = limits.deadline_s
-        self._algebra = ForkServer("algebra", tier, max_runs=limits.runs_per_server)
+        self._algebra = mathematics.Comparer(ForkServer("algebra", tier, max_runs=limits.runs_per_server))
 
     def judge(self, question: mathematics.Question) -> Verdict:
-        return mathematics.judge(question, self._algebra, self._deadline_s)
+        return self._algebra.judge(question, self._deadline_s)
 
     def judge_again(self, response: str, reference: Mapping[str, Any]) -> Verdict:
-        """By math-verify alone, also where plain comparison has decided."""
+        """By math-verify alone, also where plain comparison or our own reading has decided."""
         answer = mathematics.final_answer(response)
         assert answer is not None, "a response without an answer is not judged twice"
-        return self.judge(mathematics.Question(reference["answer"], answer))
+        return self._algebra.judge(mathematics.Question(reference["answer"], answer), self._deadline_s, reading=False)
 
     def close(self) -> None:
         self._algebra.close()

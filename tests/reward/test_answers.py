@@ -1,4 +1,4 @@
-"""Where an answer is stated, and what plain comparison decides about two of them."""
+"""What plain comparison decides about two answers, and what goes on to mathematics."""
 
 from __future__ import annotations
 
@@ -7,36 +7,7 @@ import time
 import pytest
 
 from reward import Outcome, RewardPool, check_reference
-from reward.answers import final_answer, same_for_certain
-
-STATED = [
-    (r"so \boxed{12}", "12"),
-    (r"first \boxed{1}, no: \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed 7", "7"),
-    (r"\fbox{3}", "3"),
-    ("5 + 5 = 10\n#### 10", "10"),
-    ("#### 1\n#### 1,234", "1,234"),
-    ("The answer is 42.", "42"),
-    ("**Final answer:** 3.14. Done.", "3.14"),
-    ("<answer>8</answer>", "8"),
-    (r"<think>\boxed{1}</think> It is \boxed{2}", "2"),
-    (r"\boxed{1} and then #### 2", "1"),
-    ("It is 12, clearly.", None),
-    (r"<think>\boxed{5}", None),
-    (r"<think>\boxed{5}</think> Well.", None),
-    (r"\boxed{1} or rather \boxed{\frac{1}{2", None),
-    (r"\boxed{}", None),
-    (r"\boxed{4} or \boxed{5}", None),
-    ("", None),
-    ("\\boxed{" + "9" * 5000 + "}", None),
-]
-
-
-@pytest.mark.parametrize(("response", "answer"), STATED)
-def test_the_last_stated_answer_counts(response: str, answer: str | None) -> None:
-    assert final_answer(response) == answer
-
+from reward.answers import same_for_certain
 
 DECIDED = [
     ("5", "5", True),
@@ -61,6 +32,18 @@ DECIDED = [
     # 0.333333 may be a rounding of 1/3, and sqrt needs mathematics.
     ("1/3", "0.333333", None),
     (r"\sqrt{2}", "1.414", None),
+    (r"2\sqrt{3}", r"\sqrt{12}", True),
+    (r"\frac{\sqrt{3}}{2}", r"\frac12\sqrt3", True),
+    (r"\frac{-2\sqrt{5}}{5}", r"-\frac{2\sqrt{5}}{5}", True),
+    (r"\frac{\pi}{2}", r"\frac12\pi", True),
+    (r"\sqrt{9}", "3", True),
+    (r"\sqrt{2}", r"\sqrt{3}", False),
+    (r"3\pi", r"2\pi", False),
+    (r"3\pi", "3", False),
+    (r"\sqrt{2}", "-2", False),
+    (r"(\frac12, 3)", "(0.5,3)", True),
+    ("(1,2)", "(2,1)", False),
+    ("(1,2)", "(1,2,3)", None),
     # A mixed number is not 11 halves, and a list of digits is not a number.
     ("1 1/2", "11/2", None),
     ("1 2", "12", None),
@@ -111,27 +94,6 @@ def test_a_reference_that_judges_nothing_is_refused(reference: dict[str, object]
 def test_an_unknown_task_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="poetry"):
         check_reference("poetry", {"answer": "5"})
-
-
-MEGABYTE = 1_000_000
-HEAVY = {
-    "a megabyte of boxes": r"\boxed{" * (MEGABYTE // 7),
-    "a megabyte of closed boxes": r"\boxed{1} or " * (MEGABYTE // 13),
-    "a megabyte of answers": "answer is " * (MEGABYTE // 10),
-    "a megabyte of blanks": "answer" + " " * MEGABYTE,
-    "a megabyte of hashes": "#" * MEGABYTE,
-    "a megabyte of digits": r"\boxed{" + "9" * MEGABYTE + "}",
-    "a megabyte of backslashes": r"\boxed{" + "\\" * MEGABYTE + "}",
-    "a megabyte of tags": "<answer>" * (MEGABYTE // 8),
-}
-
-
-@pytest.mark.parametrize("response", HEAVY.values(), ids=HEAVY.keys())
-def test_hostile_text_costs_the_trusted_process_nothing(response: str) -> None:
-    """Linear work on a megabyte takes milliseconds; anything quadratic takes minutes."""
-    start = time.process_time()
-    final_answer(response)
-    assert time.process_time() - start < 0.5
 
 
 def test_plain_comparisons_reach_ten_thousand_a_second_of_processor_time(pool: RewardPool) -> None:

@@ -31,7 +31,16 @@ def rejected(pool: RewardPool, task: str, records: list[dict[str, Any]]) -> dict
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("gsm8k_train", 7473), ("gsm8k_test", 1319), ("math500", 500), ("math_train", 7472)]
+    ("name", "count"),
+    [
+        ("gsm8k_train", 7473),
+        ("gsm8k_test", 1319),
+        ("math500", 500),
+        ("math_train", 7472),
+        ("aime_1983_2023", 975),
+        ("aime2024", 30),
+        ("amc2023", 40),
+    ],
 )
 def test_math_golds_are_accepted_without_a_child_process(data_dir: Path, name: str, count: int) -> None:
     records = read(data_dir, name)
