@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "summary":
             return _summary(arguments.run_dir)
         return _doctor()
-    except KeyboardInterrupt as interrupt:
-        return _stopped(f"interrupted{''.join(f': {detail}' for detail in interrupt.args)}", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        return _stopped("interrupted", EXIT_INTERRUPTED)
     except OSError as error:  # a disk that is full or read-only, mostly; the message names the file
         return _stopped(str(error), EXIT_FAILED)
 

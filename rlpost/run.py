@@ -56,7 +56,7 @@ from rlpost.tracking import RunTracker, WandbOptions
 from rlpost.types import Prompt
 
 T = TypeVar("T")
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 RECIPE = "recipe.json"
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
@@ -93,7 +93,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
 
     Raises:
         RecipeError: when the recipe, its model or its data cannot be used; the run directory is still free then.
-        KeyboardInterrupt: on SIGINT or SIGTERM; its argument, if any, says what was saved.
+        KeyboardInterrupt: on SIGINT or SIGTERM before there was anything to save.
         OSError: when the run directory cannot be written.
     """
     started = time.perf_counter()
@@ -172,11 +172,7 @@ def _tracker(recipe: Recipe, run_dir: Path, plan: _Plan, *, resume: bool, consol
 
 
 def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, run_dir: Path, console: Console) -> int:
-    """Run the controller; an error says how to go on.
-
-    Raises:
-        KeyboardInterrupt: when a signal ended the run, saying what was saved.
-    """
+    """Run the controller; an interrupt saves what was learned, an error says how to go on."""
     checkpoints = RunCheckpoints(
         run_dir,
         fingerprints=[stage.prompts.fingerprint for stage in plan.stages],
@@ -193,18 +189,19 @@ def _supervise(recipe: Recipe, plan: _Plan, workers: Any, tracker: RunTracker, r
         load_from=plan.start.learner_path if plan.start else None,
     )
     first_step = controller.buffer.step
-    hint = f"Continue with the same command and --resume. Logs: {run_dir / 'logs'}"
+    hint = f"continue with the same command and --resume. Logs: {run_dir / 'logs'}"
     try:
         asyncio.run(_until_interrupted(controller, checkpoints, first_step, console))
     except KeyboardInterrupt:
         saved = first_step if checkpoints.last_step is None else checkpoints.last_step
         where = f"the policy of step {saved} is saved" if saved else "nothing was learned yet"
+        console.print(f"interrupted: {where}; {hint}", markup=False)
         tracker.close("interrupted")
-        raise KeyboardInterrupt(f"{where}. {hint}") from None
-    except (WorkerLost, RuntimeError, OSError, SafetensorError) as error:
+        return EXIT_INTERRUPTED
+    except (WorkerLost, RuntimeError, OSError) as error:
         console.print("[bold red]the run stopped[/]:", style=None, end=" ")
         console.print(str(error), markup=False)
-        console.print(hint, markup=False)
+        console.print(f"When that is mended, {hint}", markup=False)
         tracker.close(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
     return 0
@@ -475,7 +472,10 @@ def _ray(recipe: Recipe) -> Iterator[None]:
             from rlpost.workers.orphans import ended_with_this_process
 
             # Not one that RAY_ADDRESS, or another run on this machine, has left.
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+            try:
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+            except SystemExit:  # Ray's own answer to SIGTERM
+                raise KeyboardInterrupt from None
             cleanup.enter_context(ended_with_this_process())
         cleanup.callback(ray.shutdown)
         _interruptible()  # Ray has put a handler of its own in place

@@ -192,7 +192,7 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     counts, and in float32 every trained entry moves.
 
     Raises:
-        ValueError: when a directory has none, or the two differ in the names, shapes or dtypes of their tensors.
+        ValueError: when a directory has none or a damaged one, or the two differ in the names, shapes or dtypes of their tensors.
     """
     from safetensors import safe_open
 
@@ -240,12 +240,15 @@ def moved_between(models: Mapping[str, str]) -> tuple[dict[str, list[MovedWeight
 
 
 def _tensor_files(model_dir: Path) -> dict[str, Path]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     files: dict[str, Path] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
     if not files:
         raise ValueError(f"{model_dir} has no *.safetensors: give the directory that a stage was exported to")
     return files

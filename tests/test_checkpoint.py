@@ -59,7 +59,7 @@ def test_a_death_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> 
     assert found is not None and found.position.step == 9
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "empty manifest"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
     write(tmp_path, 8)
     write(tmp_path, 9)
@@ -74,10 +74,26 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: P
             weights.unlink()
         case "manifest":
             (newest / "manifest.json").unlink()
+        case "empty manifest":
+            (newest / "manifest.json").write_bytes(b"")
     reports: list[tuple[Path, list[str]]] = []
     found = latest_checkpoint(tmp_path, lambda path, files: reports.append((path, files)))
     assert found is not None and found.position.step == 8
-    assert reports == [(newest, ["manifest.json" if damage == "manifest" else "learner/weights"])]
+    assert reports == [(newest, ["manifest.json" if "manifest" in damage else "learner/weights"])]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_taken_for_one_without(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    (tmp_path / "checkpoints" / "step-00000008" / "learner" / "weights").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole \(step-00000008\)"):
+        latest_checkpoint(tmp_path, lambda path, files: None)
+
+
+def test_remains_of_any_killed_write_give_their_room_back(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        write(tmp_path, 9, FileLearner(dies=True))
+    write(tmp_path, 11)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000011"]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -137,6 +137,30 @@ def test_the_plan_counts_a_built_model_exactly(tmp_path: Path) -> None:
     assert num_parameters(build_recipe(tree(model={"path": str(tmp_path)}))) == exact
     estimate = num_parameters(build_recipe(tree(model={"build": build})))
     assert estimate == pytest.approx(exact, rel=0.1)
+    (tmp_path / "model.safetensors").write_bytes(b"half of")
+    with pytest.raises(RecipeError, match=r"model.safetensors is damaged .* download it again"):
+        num_parameters(build_recipe(tree(model={"path": str(tmp_path)})))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name.x=1", "name is a value, not a table"),
+        ("defaults=3", "defaults = 3 is a value, not a table"),
+        ("defaults.algo=3", "defaults.algo|stage.1.algo"),
+        ("stage=[3]", "stage.0: "),
+    ],
+)
+def test_values_where_tables_belong_are_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipe(TREE, [override])
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(b"name = '\xff'")
+    with pytest.raises(RecipeError, match=r"r.toml is not valid TOML"):
+        load_recipe(path)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 # Without it DeepSpeed probes for every accelerator it knows, and warns that it found none.
@@ -29,6 +29,7 @@ from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
+from rlpost.engines.pretrained import write_tensors
 from rlpost.types import Rollout
 
 MAX_BUCKET_ELEMENTS = 200_000_000
@@ -190,8 +191,7 @@ class DeepSpeedLearner:
         if self._rank == 0:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
             if self._reference is not None:
-                tensors = {name: p.contiguous() for name, p in self._reference.policy.named_parameters()}
-                save_file(tensors, path / "reference.safetensors")
+                write_tensors(dict(self._reference.policy.named_parameters()), path / "reference.safetensors")
         dist.barrier()
 
     def load(self, path: Path) -> None:

@@ -132,6 +132,6 @@ def check_finite(grad_norm: float) -> None:
     """Raises RuntimeError when a step's gradient holds an infinity or NaN."""
     if not 0 <= grad_norm < float("inf"):
         raise RuntimeError(
-            f"the gradient's norm is {grad_norm}: the run has diverged. Begin again with a lower lr or a smaller"
-            " max_grad_norm, in another run_dir"
+            f"the gradient's norm is {grad_norm}: the run has diverged, and would again from its last checkpoint."
+            " Begin in another run_dir with a lower lr or a smaller max_grad_norm"
         )

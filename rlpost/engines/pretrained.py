@@ -57,6 +57,14 @@ def _json(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file} is not valid JSON ({error}): copy or download it again") from error
 
 
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raises OSError naming the file when the disk does not take it."""
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written: {error}") from error
+
+
 def save_pretrained(tensors: Mapping[str, Tensor], source: Path, path: Path) -> None:
     """Write `tensors` as a model directory at `path`, everything else (config, tokenizer) as in `source`.
 
@@ -68,7 +76,7 @@ def save_pretrained(tensors: Mapping[str, Tensor], source: Path, path: Path) -> 
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy(file, partial / file.name)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+    write_tensors(tensors, partial / "model.safetensors")
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     config = json.loads((partial / "config.json").read_text())
     if len(dtypes) == 1:

@@ -61,7 +61,8 @@ class LearnerService:
             if broken:
                 raise RuntimeError(
                     f"version {version} has non-finite values in {broken[0]} ({len(broken)} tensors in all): the run has"
-                    " diverged. Begin again with a lower lr or a smaller max_grad_norm, in another run_dir"
+                    " diverged, and would again from its last checkpoint. Begin in another run_dir with a lower lr or a"
+                    " smaller max_grad_norm"
                 )
             unchanged = None if self._published is None else unchanged_fraction(self._published, tensors)
             self._published = tensors

@@ -70,6 +70,19 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
         load_dataset_prompts(math_data(path), ByteTokenizer())
 
 
+def test_files_that_cannot_be_read_and_values_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("")
+    with pytest.raises(RecipeError, match=r"d.jsonl has no rows"):
+        load_dataset_prompts(math_data(path), ByteTokenizer())
+    path.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?",\n')
+    with pytest.raises(RecipeError, match=r"d.jsonl could not be read: .*JSON"):
+        load_dataset_prompts(math_data(path), ByteTokenizer())
+    write_jsonl(path, [{"question": "1+1?", "answer": "2"}, {"question": None, "answer": None}])
+    with pytest.raises(RecipeError, match=r"d.jsonl, row 1 has no value in \['answer', 'question'\]"):
+        load_dataset_prompts(math_data(path), ByteTokenizer())
+
+
 def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "x" * n, "answer": "2"} for n in (5, 50)])
     assert len(load_dataset_prompts(math_data(path, max_prompt_tokens=20), ByteTokenizer())) == 1
