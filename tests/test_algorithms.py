@@ -12,7 +12,7 @@ import pytest
 from rlpost.config import build_recipe
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
-from rlpost.run import objective_of
+from rlpost.stages import objective_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
 ROW = re.compile(r"^\| (?P<method>[^|]+) \| `(?P<settings>[a-z_]+ = [^`]*)` \|.*https?://", re.MULTILINE)

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlpost import cli, run
+from rlpost import cli, run, run_directory
 from rlpost.config import Recipe, RecipeError, build_recipe
 from rlpost.pipeline.buffer import Position
 from rlpost.tracking import RunTracker, WandbOptions
+from rlpost.workers import cluster
 
 QUIET = Console(file=io.StringIO())
 
@@ -48,7 +49,7 @@ def recipe(run_dir: Path, **changes: Any) -> Recipe:
 
 
 def open_directory(run_dir: Path, *, resume: bool, **changes: Any) -> Any:
-    return run._open_run_directory(recipe(run_dir, **changes), run_dir, resume=resume, console=QUIET)
+    return run_directory.open_run_directory(recipe(run_dir, **changes), run_dir, resume=resume, console=QUIET)
 
 
 def test_a_directory_is_free_until_it_is_claimed_and_belongs_to_its_recipe_from_then_on(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_directory_is_free_until_it_is_claimed_and_belongs_to_its_recipe_from_
         open_directory(run_dir, resume=True)
     open_directory(run_dir, resume=False)
     open_directory(run_dir, resume=False)  # the first attempt failed before it had anything to lose
-    run._claim(run_dir, recipe(run_dir))
+    run_directory.claim(run_dir, recipe(run_dir))
     with pytest.raises(RecipeError, match=r"already holds a run: continue it with --resume"):
         open_directory(run_dir, resume=False)
     assert open_directory(run_dir, resume=True) is None
@@ -75,13 +76,13 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_left_by_an_attempt_with_other_sizes_is_not_used(tmp_path: Path) -> None:
-    run._model_directory(recipe(tmp_path), tmp_path, resume=False)
+    run_directory.model_directory(recipe(tmp_path), tmp_path, resume=False)
     wider = recipe(tmp_path, model={"build": {"hidden_size": 128, "num_layers": 1, "num_heads": 1}})
-    config = run._model_directory(wider, tmp_path, resume=False) / "config.json"
+    config = run_directory.model_directory(wider, tmp_path, resume=False) / "config.json"
     assert json.loads(config.read_text())["hidden_size"] == 128
     unfit = recipe(tmp_path, model={"build": {"hidden_size": 65, "num_layers": 1, "num_heads": 1}})
     with pytest.raises(RecipeError, match=r"model.build: hidden_size = 65 .* use hidden_size = 32 or 64"):
-        run._model_directory(unfit, tmp_path, resume=False)
+        run_directory.model_directory(unfit, tmp_path, resume=False)
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------
@@ -90,11 +91,11 @@ def test_a_model_left_by_an_attempt_with_other_sizes_is_not_used(tmp_path: Path)
 def test_a_cluster_that_does_not_answer_is_found_out_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        run._check_answers(address)
-        run._check_answers(f"ray://{address}")
+        cluster.check_answers(address)
+        cluster.check_answers(f"ray://{address}")
     with pytest.raises(RecipeError, match=rf"ray_address = '{address}' does not answer .*ray start --head"):
-        run._check_answers(address)
-    run._check_answers("auto")
+        cluster.check_answers(address)
+    cluster.check_answers("auto")
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------

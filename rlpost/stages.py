@@ -1,0 +1,130 @@
+"""From a recipe to stages the controller can run: settings resolved, data loaded and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlpost.checkpoint import Checkpoint
+from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
+from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.preference import Preference
+from rlpost.data.pairs import load_pairs
+from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
+from rlpost.pipeline.buffer import StagePlan
+from rlpost.pipeline.controller import Stage
+from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.seeds import derive_seed
+from rlpost.types import Prompt
+
+HELDOUT_SEED = 0
+"""Held-out problems are the same whatever the run's seed, so that seeds compare."""
+NUM_CHECKED_GENERATED = 32
+"""Generated golds are right by construction; this many are still put before the verifier, to try the verifier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Everything a run needs before its workers are up."""
+
+    stages: tuple[Stage, ...]
+    eval_sets: tuple[EvalSet, ...]
+    left_out: Mapping[str, Mapping[str, int]]
+    """Per data set of pairs, how many were left out for which reason."""
+    start: Checkpoint | None
+
+
+def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> RunPlan:
+    """Load and check all data; resolve the stages."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise RecipeError(f"the tokenizer in {model_path} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
+        )
+    used = {stage.data for stage in recipe.stage}
+    left_out: dict[str, Mapping[str, int]] = {}
+    prompts = {name: _load(recipe, name, tokenizer, left_out) for name in used | {item.data for item in recipe.eval}}
+    stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
+    if checkpoint is not None:
+        for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
+            if stage.prompts.fingerprint != fingerprint:
+                raise RecipeError(
+                    f"the data of stage {stage.name!r} is not what this run began with: cannot resume on it"
+                )
+    eval_sets = tuple(
+        EvalSet(
+            name=item.name,
+            prompts=prompts[item.data][: item.num_prompts],
+            num_samples=item.samples,
+            temperature=item.temperature,
+            max_tokens=item.max_response_tokens,
+        )
+        for item in recipe.eval
+    )
+    return RunPlan(stages=stages, eval_sets=eval_sets, left_out=left_out, start=checkpoint)
+
+
+def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
+    """The prompts of one data set; what was left out of it, by reason, is added to `left_out`."""
+    config = recipe.data[name]
+    if isinstance(config, PairData):
+        longest = min(stage.max_response_tokens for stage in recipe.stage if stage.data == name)
+        pairs, left_out[name] = load_pairs(config, tokenizer, max_response_tokens=longest)
+        return pairs
+    if isinstance(config, GeneratedData):
+        # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
+        seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
+        evals = [item.num_prompts for item in recipe.eval if item.data == name]
+        stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if stage.data == name]
+        prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
+        check_golds(prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, verifier=recipe.verifier)
+        return prompts
+    prompts = load_dataset_prompts(config, tokenizer)
+    return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
+
+
+def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
+    algo, learner = config.algo, recipe.learner
+    sampled = isinstance(algo, Sampled)
+    if isinstance(algo, SFT) and any(prompt.demonstration_ids is None for prompt in prompts):
+        raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
+    spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
+    threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
+    return Stage(
+        name=config.name,
+        plan=StagePlan(
+            num_steps=config.steps,
+            groups_per_step=config.prompts_per_step,
+            max_staleness=algo.max_staleness if sampled else None,
+        ),
+        prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
+        spec=StageSpec(
+            objective=objective_of(algo),
+            optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
+            temperature=algo.temperature if sampled else 1.0,
+            num_threads=threads,
+        ),
+        group_size=algo.rollouts_per_prompt,
+        max_response_tokens=config.max_response_tokens,
+        lr=config.lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_schedule=config.lr_schedule,
+        refill=sampled and algo.refill,
+        patience_s=algo.patience_s if sampled else None,
+        shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
+    )
+
+
+def objective_of(algo: Algo) -> Objective:
+    """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
+    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised if isinstance(algo, SFT) else Preference
+    names = {field.name for field in dataclasses.fields(objective)}
+    return objective(**algo.model_dump(include=names))
