@@ -187,7 +187,7 @@ def main() -> int:
     golds = read_golds(arguments.data) if arguments.data else []
     cases = [*table_cases(), *made_cases(golds, arguments.count)]
     with RewardPool() as pool:
-        pool.score("math", r"\boxed{\sqrt{3}}", {"answer": r"\sqrt{2}"})
+        pool.score("math", r"\boxed{\sqrt{3}+x}", {"answer": r"\sqrt{2}+x"})  # the server is warm
         if golds and arguments.only != "agreement":
             # MATH alone first: GSM8K and AIME are integers, the cheap half.
             speed(pool, [gold for gold in golds if not re.fullmatch(r"-?\d+", gold)])

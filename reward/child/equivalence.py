@@ -30,11 +30,15 @@ def equivalent(gold: str, answer: str) -> bool | None:
     left, right = _unit_letter(left, right), _unit_letter(right, left)
     if left.node is None or right.node is None:
         return None
+    if left.parameter and right.parameter and left.parameter != right.parameter:
+        assert right.node is not None
+        right = dataclasses.replace(right, node=_renamed(right.node, right.parameter, left.parameter))
     kinds = _dimension(left), _dimension(right)
     if None not in kinds and kinds[0] != kinds[1]:
         return False
     if left.dimension and right.dimension and left.factor != right.factor:
         return same(_scaled(left), _scaled(right))
+    assert left.node is not None and right.node is not None
     return same(left.node, right.node)
 
 
@@ -60,6 +64,12 @@ def _unit_letter(side: Reading, other: Reading) -> Reading:
     if dimension is None:
         return side
     return dataclasses.replace(side, node=node.args[0], unit=unit, dimension=dimension, factor=factor)
+
+
+def _renamed(node: Node, old: str, new: str) -> Node:
+    if node.head == "sym":
+        return node._replace(data=new if node.data == old else node.data)
+    return node._replace(args=tuple(_renamed(part, old, new) if isinstance(part, Node) else part for part in node.args))
 
 
 def _scaled(side: Reading) -> Node:

@@ -32,6 +32,10 @@ _CURRENCY = re.compile(
     r"|(?<![A-Za-z\\])(?:USD|(EUR)|(Rs)\.?|(INR))\s*(?=\d)"
 )
 _COMPOUND_PART = re.compile(r"\s*(?:,|and)?\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]{1,12})(?![a-z])")
+_PARAMETER = re.compile(
+    r",?\s*\(?(?:\\text\s*\{\s*(?:where|for|with)?(?: all| any| some)?\s*\}|where|for(?: all| any)?)?\s*(?:"
+    r"([a-z])\s*\\in\s*\\mathbb\s*\{[ZN]\}|([a-z])\s*(?:\\text\s*\{)?\s*is an integer\}?)\)?$"
+)
 _KEPT = re.compile(r"(?:or|and|in|e|i|pi|inf|infinity|oo|infty)$")
 
 
@@ -45,6 +49,7 @@ class Reading:
         node: the tree, if all of it is mathematics but a unit.
         unit: the words beside the tree.
         dimension, factor: of a known unit; factor converts to the dimension's base unit.
+        parameter: the symbol that ", k in Z" after the answer lets run over the integers.
     """
 
     plain: str
@@ -53,6 +58,7 @@ class Reading:
     unit: str = ""
     dimension: str | None = None
     factor: Fraction = Fraction(1)
+    parameter: str | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,6 +68,10 @@ def read(raw: str) -> Reading:
     # Space between two digits or letters has a meaning (a mixed number, two words); elsewhere it has none.
     plain = unwrapped(text).replace("$", "").replace("\\dollar ", "")
     plain = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", plain)
+    if match := _PARAMETER.search(text):
+        node = _parsed(trim(text[: match.start()]))
+        if node is not None:
+            return Reading(plain=plain, node=node, parameter=match[1] or match[2])
     bare = _LEAD.sub("", trim(unwrapped(text)))
     if (words := as_words(bare)) is not None:
         value = number_from_words(words)

@@ -80,7 +80,7 @@ BASE_WORDS = NUMBER_WORDS | {"binary": 2, "octal": 8, "hex": 16}
 def _units() -> dict[str, tuple[str, Fraction]]:
     table = {
         "length": "1 m meter metre;1/100 cm centimeter centimetre;1/1000 mm millimeter millimetre;1000 km kilometer kilometre;"
-        "127/5000 inch inches;381/1250 ft foot feet;1143/1250 yd yard;201168/125 mi mile",
+        "127/5000 in inch inches;381/1250 ft foot feet;1143/1250 yd yard;201168/125 mi mile",
         "mass": "1 kg kilogram kilo;1/1000 g gram;1/1000000 mg milligram;45359237/100000000 lb lbs pound;"
         "45359237/1600000000 oz ounce",
         "time": "1 s sec second;60 min mins minute;3600 h hr hrs hour;86400 day;604800 week",
