@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from safetensors import SafetensorError
 
-from rlpost.checkpoint import Checkpoint, RunCheckpoints, exported, latest_checkpoint
+from rlpost.checkpoint import Checkpoint, RunCheckpoints, latest_checkpoint
 from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.preference import Preference
@@ -52,7 +52,7 @@ from rlpost.pipeline.ports import WorkerLost
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.plan import max_model_len
 from rlpost.summary import summarize_run
-from rlpost.tracking import RunTracker, WandbOptions
+from rlpost.tracking import RunTracker, WandbOptions, run_ended
 from rlpost.types import Prompt
 
 T = TypeVar("T")
@@ -282,9 +282,7 @@ def _open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console:
         raise RecipeError(str(error)) from error
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
-    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
-        run_dir, recipe.stage[-1].name
-    ):
+    elif run_ended(run_dir):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
 
