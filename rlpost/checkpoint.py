@@ -56,7 +56,8 @@ class RunCheckpoints:
         """Save the learner as it stands at `position`; older checkpoints beyond `keep` go once this one is whole.
 
         Raises:
-            OSError: when the disk has less room than the previous checkpoint took; that one stays.
+            OSError: when it cannot be written, before anything is if the disk has less room than the previous checkpoint
+                took; that one stays.
         """
         final = self._root / f"step-{position.step:08d}"
         partial = final.with_suffix(".partial")
@@ -64,10 +65,18 @@ class RunCheckpoints:
             shutil.rmtree(remains)
         partial.mkdir(parents=True)
         self._check_room()
-        await learner.save(partial / LEARNER)
-        state = {"position": asdict(position), "fingerprints": self._fingerprints}
-        (partial / STATE).write_text(json.dumps(state, indent=2))
-        seal(partial)
+        try:
+            await learner.save(partial / LEARNER)
+            state = {"position": asdict(position), "fingerprints": self._fingerprints}
+            (partial / STATE).write_text(json.dumps(state, indent=2))
+            seal(partial)
+        except (RuntimeError, OSError) as error:  # torch reports a full disk as the former, and not by that name
+            free = shutil.disk_usage(self._root).free
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {position.step} could not be written to {self._root}, which had {free >> 20} MiB"
+                f" free: {error}"
+            ) from error
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_directory(self._root)
@@ -94,11 +103,6 @@ class RunCheckpoints:
                 f"no room for a checkpoint: {free >> 20} MiB free at {self._root}, the last one took {need >> 20} MiB."
                 " Free some space and run again with --resume"
             )
-
-
-def exported(run_dir: Path, stage: str) -> bool:
-    """Whether `stage` left its Hugging Face directory, whole."""
-    return (run_dir / EXPORTS / stage).is_dir()
 
 
 def seal(directory: Path) -> None:

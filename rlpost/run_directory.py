@@ -17,10 +17,11 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
-from rlpost.checkpoint import Checkpoint, exported, latest_checkpoint
+from rlpost.checkpoint import Checkpoint, latest_checkpoint
 from rlpost.config import Recipe, RecipeError
 from rlpost.engines.pretrained import check_model_directory
 from rlpost.pipeline.seeds import derive_seed
+from rlpost.tracking import run_ended
 
 RECIPE = "recipe.json"
 RESUMABLE = {
@@ -73,9 +74,7 @@ def open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: 
         raise RecipeError(str(error)) from error
     if checkpoint is None:
         console.print("no checkpoint was written before the run stopped: starting from the beginning")
-    elif checkpoint.position.step >= sum(stage.steps for stage in recipe.stage) and exported(
-        run_dir, recipe.stage[-1].name
-    ):
+    elif run_ended(run_dir):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
 

@@ -19,6 +19,7 @@ import secrets
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error.msg}): {line[:80]!r}. Was it edited? Remove that line"
                 ) from error
+
+
+def run_ended(run_dir: Path) -> bool:
+    """Whether the last thing that happened in `run_dir` is the regular end of its run, every evaluation included."""
+    last = deque(read_rows(run_dir / FILES["event"]), maxlen=1)
+    return bool(last) and last[0]["event"] == "run_end" and last[0]["error"] is None
 
 
 def cut_rows(path: Path, step: int) -> int:

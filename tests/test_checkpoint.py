@@ -50,8 +50,9 @@ def test_what_is_written_is_found_with_its_position_and_data(tmp_path: Path) -> 
 
 def test_a_death_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 8)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(OSError, match=r"checkpoint of step 9 could not be written .* MiB free: killed"):
         write(tmp_path, 9, FileLearner(dies=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
     found = latest_checkpoint(tmp_path, no_report)
     assert found is not None and found.position.step == 8
     write(tmp_path, 9)  # and the remains do not stand in the way of the next
@@ -90,8 +91,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_taken_for_one_without(tm
 
 
 def test_remains_of_any_killed_write_give_their_room_back(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="killed"):
-        write(tmp_path, 9, FileLearner(dies=True))
+    (tmp_path / "checkpoints" / "step-00000009.partial" / "learner").mkdir(parents=True)
     write(tmp_path, 11)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000011"]
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "doctor": {"tracking"},
     "workers": {"types", "core", "config", "pipeline", "engines"},
     "cli": {"config", "plan", "run", "summary", "doctor"},
-    "run_directory": {"config", "checkpoint", "engines", "pipeline"},
+    "run_directory": {"config", "checkpoint", "engines", "pipeline", "tracking"},
     "stages": {"types", "core", "config", "data", "pipeline", "checkpoint"},
     "run": {"config", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
 }  # fmt: skip

@@ -25,7 +25,7 @@ from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import Export
 from rlpost.pipeline.step_metrics import StepRecord, step_metrics
 from rlpost.progress import EVENT_LINES, Progress, eval_line, event_line, step_line
-from rlpost.tracking import FILES, RunTracker, WandbOptions, plain, read_rows, resolve_mode
+from rlpost.tracking import FILES, RunTracker, WandbOptions, plain, read_rows, resolve_mode, run_ended
 from rlpost.types import GroupSummary, Judgement, Prompt
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -359,6 +359,15 @@ def test_a_damaged_line_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         tracker_of(tmp_path, mode="disabled", resume_at_step=1)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_a_run_has_ended_only_when_it_ended_well_and_last_of_all(tmp_path: Path) -> None:
+    assert not run_ended(tmp_path)
+    for resume_at_step, error, ended in ((None, "interrupted", False), (0, None, True)):
+        tracker = tracker_of(tmp_path, mode="disabled", resume_at_step=resume_at_step)
+        assert not run_ended(tmp_path)
+        tracker.close(error)
+        assert run_ended(tmp_path) == ended
 
 
 def test_numbers_json_cannot_write_come_back_as_they_were() -> None:

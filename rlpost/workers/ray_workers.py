@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ray
 import torch
+from ray.exceptions import OwnerDiedError
 
 from rlpost.config import LearnerConfig, SamplerConfig, VerifierConfig
 from rlpost.core.metrics import StepReport, Tally
@@ -25,7 +26,7 @@ from rlpost.pipeline.step_metrics import WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
 from rlpost.workers.local import export_of
-from rlpost.workers.processes import answer, enter_worker, gather_first_error
+from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail
 from rlpost.workers.wire import PackedGroup, PackedUpdate, pack_group, pack_update, unpack_group, unpack_update
 
 T = TypeVar("T")
@@ -186,7 +187,14 @@ class RaySampler:
     async def update(self, export: Export) -> int:
         call = self.actor.update.remote(export.handle)
         phase = f"update to version {export.version}"
-        return await answer(call, worker=self.name, phase=phase, log_path=self.log_path)
+        try:
+            return await answer(call, worker=self.name, phase=phase, log_path=self.log_path)
+        except OwnerDiedError as error:  # the weights are the learner's until they are loaded
+            log_path = self.log_path.with_name("learner-0.log")
+            raise RuntimeError(
+                f"learner-0 was lost during the {phase} of {self.name}: the process died. Its log, {log_path}, ends"
+                f" with:\n{log_tail(log_path)}"
+            ) from error
 
     async def seconds(self) -> Seconds:
         return await answer(self.actor.seconds.remote(), worker=self.name, phase="seconds", log_path=self.log_path)
