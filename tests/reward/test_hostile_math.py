@@ -74,11 +74,12 @@ def test_a_fork_server_that_dies_is_replaced(pool: RewardPool) -> None:
     assert pool.score("math", r"\boxed{\sqrt{9}+x}", {"answer": "3+x"}).reward == 1.0
 
 
+# All by reading: under load a second is little for math-verify.
 REMEMBERED = [
     (r"\sqrt{8}+x", r"2\sqrt{2}+x"),
     (r"\sqrt{8}+x", r"3\sqrt{2}+x"),
-    (r"\int_0^1 x dx", "1/2"),
-    (r"x \cup y", "z"),
+    ("[1, 2)", r"1 \le x < 2"),
+    ("3:30 PM", "15:31"),
 ]
 
 
