@@ -20,7 +20,6 @@ from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.ports import Learner
 
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
-EXPORTS = "exports"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,7 @@ class RunCheckpoints:
         on_event: Callable[..., None],
         keep: int = 2,
     ) -> None:
-        self._root, self._exports = run_dir / "checkpoints", run_dir / EXPORTS
+        self._root, self._exports = run_dir / "checkpoints", run_dir / "exports"
         self._fingerprints, self._on_event, self._keep = tuple(fingerprints), on_event, keep
         self.last_step: int | None = None
 

@@ -38,7 +38,7 @@ VERDICTS = ("learner waited", "samplers waited", "balanced")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovedWeights:
-    """How much of one kind of tensor changed between two models, compared bit for bit."""
+    """How much of one kind of tensor changed between two models, compared in bfloat16."""
 
     kind: str
     """q, k, v, o, gate, up, down, embedding, head, norm, bias, or the name of the module."""
