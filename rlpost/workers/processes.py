@@ -16,6 +16,7 @@ from rlpost.pipeline.ports import WorkerLost
 
 T = TypeVar("T")
 LOG_TAIL_LINES = 15
+NICENESS = 5
 
 
 def enter_worker(log_path: Path) -> None:
@@ -28,6 +29,14 @@ def enter_worker(log_path: Path) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     faulthandler.enable()
+
+
+def yield_to_samplers() -> None:
+    """Give samplers the first claim on a core that is short: they are what a step waits for.
+
+    They cannot starve the others: the staleness bound stops a sampler that runs ahead.
+    """
+    os.nice(NICENESS)
 
 
 def log_tail(log_path: Path, num_lines: int = LOG_TAIL_LINES) -> str:

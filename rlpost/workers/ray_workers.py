@@ -26,7 +26,7 @@ from rlpost.pipeline.step_metrics import WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
 from rlpost.workers.local import export_of
-from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail
+from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
 from rlpost.workers.wire import PackedGroup, PackedUpdate, pack_group, pack_update, unpack_group, unpack_update
 
 T = TypeVar("T")
@@ -75,6 +75,7 @@ class _SamplerProcess:
 class _VerifierProcess:
     def __init__(self, config: VerifierConfig, log_path: Path) -> None:
         enter_worker(log_path)
+        yield_to_samplers()
         from reward import RewardPool
 
         self._pool = RewardPool.from_table(config.model_dump())
@@ -114,6 +115,7 @@ class _LearnerProcess:
         log_path: Path,
     ) -> None:
         enter_worker(log_path)
+        yield_to_samplers()
         from rlpost.engines.deepspeed_learner import DeepSpeedLearner, init_distributed
         from rlpost.workers.learner_service import LearnerService
 

@@ -31,6 +31,7 @@ class SamplerService:
         self._incoming: deque[RolloutRequest] = deque()
         self._updates: deque[tuple[WeightUpdate, asyncio.Future[int]]] = deque()
         self._waiting: dict[str, asyncio.Future[Rollout]] = {}
+        self._finished: list[tuple[str, Rollout]] = []
         self._arrived = asyncio.Event()
         self._num_groups = 0
         self._refused = False
@@ -83,9 +84,11 @@ class SamplerService:
                 elif (self._incoming or self._engine.has_work()) and not self._refused:
                     await self._turn()
                 else:
+                    self._deliver()
                     self._arrived.clear()
                     await self._arrived.wait()
         except Exception as error:
+            self._deliver()
             self._fail_all(error)
             raise
 
@@ -111,15 +114,20 @@ class SamplerService:
                 done.set_result(self._engine.version)
 
     async def _turn(self) -> None:
+        """One decode step; meanwhile this thread passes on what the step before it finished."""
         with self._ledger.state("generate"):
-            arrived, self._incoming = self._incoming, deque()
-            finished = await self._run(lambda: self._add_and_step(arrived))
-        for request_id, rollout in finished:
+            step = self._run(self._add_and_step)
+            self._deliver()
+            self._finished = await step
+
+    def _deliver(self) -> None:
+        for request_id, rollout in self._finished:
             future = self._waiting.pop(request_id)
             if not future.done():  # its group's caller may have given up
                 future.set_result(rollout)
+        self._finished = []
 
-    def _add_and_step(self, arrived: deque[RolloutRequest]) -> list[tuple[str, Rollout]]:
-        for request in arrived:
-            self._engine.add(request)
+    def _add_and_step(self) -> list[tuple[str, Rollout]]:
+        while self._incoming:
+            self._engine.add(self._incoming.popleft())
         return self._engine.step()
