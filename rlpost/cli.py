@@ -11,13 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rlpost import __version__
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-"""A wrong command, recipe or input: nothing was started."""
-EXIT_INTERRUPTED = 130
-"""By Ctrl-C or SIGTERM."""
+from rlpost import __version__, exit_codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _summary(arguments.run_dir)
         return _doctor()
     except KeyboardInterrupt:
-        return _stopped("interrupted", EXIT_INTERRUPTED)
+        return _stopped("interrupted", exit_codes.INTERRUPTED)
     except OSError as error:  # a disk that is full or read-only, mostly; the message names the file
-        return _stopped(str(error), EXIT_FAILED)
+        return _stopped(str(error), exit_codes.FAILED)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os.write(2, b"rlpost: interrupted\n")
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(exit_codes.INTERRUPTED)
 
 
 def _stopped(message: str, code: int) -> int:
@@ -66,8 +60,9 @@ def _stopped(message: str, code: int) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rlpost.config import RecipeError, load_recipe
+    from rlpost.config import RecipeError
     from rlpost.plan import check_resources, local_resources, render_plan
+    from rlpost.recipe import load_recipe
 
     console = Console(soft_wrap=True)
     try:
@@ -82,7 +77,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return run_recipe(recipe, resume=arguments.resume, console=console)
     except RecipeError as error:
-        return _stopped(str(error), EXIT_USAGE)
+        return _stopped(str(error), exit_codes.USAGE)
 
 
 def _summary(run_dir: Path) -> int:
@@ -93,7 +88,7 @@ def _summary(run_dir: Path) -> int:
     try:
         summary = summarize_run(run_dir)
     except ValueError as error:
-        return _stopped(str(error), EXIT_USAGE)
+        return _stopped(str(error), exit_codes.USAGE)
     Console(soft_wrap=True).print(summary)
     return 0
 

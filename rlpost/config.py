@@ -1,19 +1,11 @@
-"""The recipe: one TOML file, one run. Validated here, once; trusted everywhere else.
-
-Unknown keys are errors that name the nearest known one. `[defaults]` holds any key of a stage; each `[[stage]]` inherits
-what it does not set. Overrides on the command line are `key.path=value`, with a stage, an eval set or a list entry chosen
-by name or index: `stage.math.lr=1e-5`.
-"""
+"""The tables of a recipe: one TOML file, one run. Validated once (`rlpost.recipe` reads them); trusted everywhere else."""
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
@@ -23,14 +15,14 @@ class RecipeError(ValueError):
     """A recipe that cannot run: says which key, what is wrong with it, and what would do."""
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
 
 
-class BuildConfig(_Table):
+class BuildConfig(Table):
     """A Llama model from scratch, with a byte-level tokenizer of its own."""
 
     hidden_size: Positive
@@ -39,7 +31,7 @@ class BuildConfig(_Table):
     vocab_size: Positive = 448
 
 
-class ModelConfig(_Table):
+class ModelConfig(Table):
     path: str | None = None
     """Hub name or directory of a Hugging Face model with its tokenizer."""
     build: BuildConfig | None = None
@@ -55,7 +47,7 @@ class ModelConfig(_Table):
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-class GeneratedData(_Table):
+class GeneratedData(Table):
     """Problems made up on the fly, with demonstrations; train and held-out problems never overlap."""
 
     source: Literal["generated"]
@@ -66,7 +58,7 @@ class GeneratedData(_Table):
     """Distinct draws; ordinals beyond it start the next, reshuffled epoch."""
 
 
-class FileData(_Table):
+class FileData(Table):
     """A dataset by hub name, or a local .json, .jsonl, .jsonl.gz or .parquet file."""
 
     path: str
@@ -133,7 +125,7 @@ DataConfig = Annotated[GeneratedData | DatasetData | PairData, Field(discriminat
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-class SamplerConfig(_Table):
+class SamplerConfig(Table):
     workers: Positive = 1
     gpus: Literal[0, 1] = 0
     """GPUs per sampler; 0 runs vLLM on the CPU."""
@@ -146,7 +138,7 @@ class SamplerConfig(_Table):
     """Key-value cache; None: 64 on the CPU, what the device has left on a GPU."""
 
 
-class OptimizerConfig(_Table):
+class OptimizerConfig(Table):
     """AdamW; master weights are float32."""
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -155,7 +147,7 @@ class OptimizerConfig(_Table):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
-class LearnerConfig(_Table):
+class LearnerConfig(Table):
     ranks: Positive = 1
     gpus_per_rank: Literal[0, 1] = 0
     threads: Positive = 1
@@ -169,7 +161,7 @@ class LearnerConfig(_Table):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class MathVerifierConfig(_Table):
+class MathVerifierConfig(Table):
     workers: Positive = 1
     """Responses judged at a time, each in a child process of its own."""
     deadline_s: Annotated[float, Field(gt=0)] = 1.0
@@ -183,7 +175,7 @@ class CodeVerifierConfig(MathVerifierConfig):
     """Wall-clock seconds of one response, for all its tests together."""
 
 
-class VerifierConfig(_Table):
+class VerifierConfig(Table):
     math: MathVerifierConfig = MathVerifierConfig()
     code: CodeVerifierConfig = CodeVerifierConfig()
     min_tier: Literal["namespace", "landlock"] = "landlock"
@@ -194,7 +186,7 @@ class VerifierConfig(_Table):
     """Share of responses that a second, independent path judges as well; verifier/<task>/disagreement reports the rest."""
 
 
-class TrackingConfig(_Table):
+class TrackingConfig(Table):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when an API key is set, offline otherwise."""
     project: str = "rlpost"
@@ -203,7 +195,7 @@ class TrackingConfig(_Table):
     """Groups per step whose rollouts are written to rollouts.jsonl."""
 
 
-class DeadlineConfig(_Table):
+class DeadlineConfig(Table):
     """Longest waits, in seconds; past them the worker counts as lost."""
 
     start_s: float = 600.0
@@ -216,7 +208,7 @@ class DeadlineConfig(_Table):
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-class Sampled(_Table):
+class Sampled(Table):
     """What every algorithm that learns from its own rollouts is asked."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -279,7 +271,7 @@ class GRPO(Sampled):
         return self
 
 
-class Pairs(_Table):
+class Pairs(Table):
     """Learning from pairs; docs/algorithms.md names the methods, core/preference.py has the equations."""
 
     loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
@@ -320,7 +312,7 @@ class OnlineDPO(Pairs, Sampled):
     """Least reward of the chosen response."""
 
 
-class SFT(_Table):
+class SFT(Table):
     name: Literal["sft"]
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     use_idle_cores: bool = True
@@ -334,7 +326,7 @@ class SFT(_Table):
 Algo = Annotated[GRPO | OnlineDPO | DPO | SFT, Field(discriminator="name")]
 
 
-class CosineLengthConfig(_Table):
+class CosineLengthConfig(Table):
     """The part falls from the first value to the second as a response grows to max_response_tokens."""
 
     weight: float = 1.0
@@ -342,21 +334,21 @@ class CosineLengthConfig(_Table):
     wrong: tuple[float, float] = (0.0, -0.5)
 
 
-class OverlongConfig(_Table):
+class OverlongConfig(Table):
     """The part is 0, and falls to -1 over the last buffer_tokens before max_response_tokens."""
 
     weight: float = 1.0
     buffer_tokens: Positive
 
 
-class RepetitionConfig(_Table):
+class RepetitionConfig(Table):
     """The part is minus the share of word n-grams that repeat an earlier one."""
 
     weight: float = 1.0
     ngram_words: Positive = 20
 
 
-class RewardConfig(_Table):
+class RewardConfig(Table):
     """The reward as a weighted sum of parts (reward/shaping.py); each is reported as reward/<part>/mean, weighted or not."""
 
     accuracy: float = 1.0
@@ -370,7 +362,7 @@ class RewardConfig(_Table):
     repetition: RepetitionConfig | None = None
 
 
-class StageConfig(_Table):
+class StageConfig(Table):
     name: str
     data: str
     """A key of [data]."""
@@ -400,7 +392,7 @@ class StageConfig(_Table):
         return self
 
 
-class EvalConfig(_Table):
+class EvalConfig(Table):
     name: str
     data: str
     num_prompts: Positive = 256
@@ -410,7 +402,7 @@ class EvalConfig(_Table):
     max_response_tokens: Positive
 
 
-class Recipe(_Table):
+class Recipe(Table):
     name: str
     seed: int = 0
     run_dir: Path | None = None
@@ -427,6 +419,7 @@ class Recipe(_Table):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints within a stage; one is written at each stage's end anyway."""
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Of all rollouts, those that may be lost, or that no verifier could judge, before the run stops."""
     ray_address: str | None = None
     """Address of a running Ray cluster; None starts one on this machine."""
 
@@ -477,113 +470,3 @@ def _check_data(name: str, data: DataConfig, algo: Algo | None) -> None:
         )
     if isinstance(data, PairData) and not isinstance(algo, DPO | SFT):
         raise ValueError(f'{name!r} needs prompts that a verifier can judge; source = "pairs" has none')
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, validate.
-
-    Raises:
-        RecipeError: naming every wrong key at once.
-    """
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    return build_recipe(tree, overrides)
-
-
-def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`, from the parsed file."""
-    raw: dict[str, Any] = _thaw(tree)
-    for override in overrides:
-        _apply_override(raw, override)
-    defaults = raw.pop("defaults", {})
-    if not isinstance(defaults, dict):
-        raise RecipeError(f"defaults = {defaults!r} is a value, not a table of stage keys")
-    unknown = set(defaults) - set(StageConfig.model_fields)
-    if unknown:
-        raise RecipeError("\n".join(_unknown_key(f"defaults.{key}", key, StageConfig) for key in sorted(unknown)))
-    if isinstance(raw.get("stage"), list):
-        raw["stage"] = [_inherit(defaults, stage) if isinstance(stage, dict) else stage for stage in raw["stage"]]
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage over the defaults; `algo` merges key by key unless the stage names another algorithm."""
-    merged = {**defaults, **stage}
-    default_algo, algo = defaults.get("algo"), stage.get("algo")
-    if isinstance(default_algo, dict) and isinstance(algo, dict):
-        name = default_algo.get("name")
-        if algo.get("name", name) == name:
-            merged["algo"] = {**default_algo, **algo}
-    return merged
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"override {override!r} is not of the form key.path=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *parents, last = path.strip().split(".")
-    node: Any = tree
-    for depth, key in enumerate(parents):
-        node = _child(node, key, ".".join(parents[: depth + 1]))
-    if isinstance(node, list):
-        raise RecipeError(f"override {override!r}: say which entry of the list, then which key of it")
-    if not isinstance(node, dict):
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a value, not a table")
-    node[last] = value
-
-
-def _child(node: Any, key: str, where: str) -> Any:
-    if isinstance(node, dict):
-        return node.setdefault(key, {})
-    if isinstance(node, list):
-        for index, entry in enumerate(node):
-            if key == str(index) or (isinstance(entry, dict) and entry.get("name") == key):
-                return entry
-        names = [entry.get("name") if isinstance(entry, dict) else entry for entry in node]
-        raise RecipeError(f"{where}: no such entry; there are {names}")
-    raise RecipeError(f"{where} is a value, not a table")
-
-
-def _thaw(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _thaw(value) for key, value in node.items()}
-    return [_thaw(value) for value in node] if isinstance(node, list) else node
-
-
-def _explain(problem: Any) -> str:
-    """One line for one of pydantic's errors, in the recipe's own terms."""
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(location, str(problem["loc"][-1]), *_TABLES)
-    if problem["type"] == "missing":
-        return f"{location}: this key is required"
-    given = problem["input"]
-    shown = f" (got {given!r})" if not isinstance(given, dict | list | tuple | BaseModel) else ""
-    return f"{location or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
-    known = sorted({name for table in tables for name in table.model_fields})
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"{location}: no such key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {known}")
-
-
-_TABLES = (
-    Recipe, StageConfig, EvalConfig, GRPO, OnlineDPO, DPO, SFT, RewardConfig, CosineLengthConfig, OverlongConfig,
-    RepetitionConfig, ModelConfig, BuildConfig, GeneratedData, DatasetData, PairData, SamplerConfig, LearnerConfig,
-    OptimizerConfig, VerifierConfig, CodeVerifierConfig, TrackingConfig, DeadlineConfig,
-)  # fmt: skip

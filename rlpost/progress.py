@@ -24,13 +24,14 @@ EVENT_LINES = {
     "sampler_lost": ("{worker} was lost during {phase}: {detail}", "bold red"),
     "sampler_restarted": ("{worker} is back with version {version}", "green"),
     "group_failed": ("group of {prompt} failed ({failure}): {detail}", "yellow"),
+    "rollouts_unjudged": ("{rollouts} rollouts of {prompt} could not be judged: {detail}", "yellow"),
     "stragglers_deferred": ("step {step} goes on without its stragglers; they train later", "yellow"),
     "checkpoint": ("checkpoint of step {step} written to {path}", ""),
     "export": ("model after stage {stage} written to {path}", ""),
     "wandb_started": ("wandb run {id}: {where}", ""),
     "wandb_failed": ("wandb is off from here: {detail}. The files in the run directory go on", "bold yellow"),
 }
-FREQUENT = ("group_failed", "stragglers_deferred")
+FREQUENT = ("group_failed", "rollouts_unjudged", "stragglers_deferred")
 
 
 class Progress:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from rlpost import exit_codes
 from rlpost.checkpoint import RunCheckpoints
 from rlpost.config import GeneratedData, Recipe, RecipeError
 from rlpost.data.sources import local_file
@@ -29,7 +30,6 @@ from rlpost.summary import summarize_run
 from rlpost.tracking import RunTracker, WandbOptions
 
 T = TypeVar("T")
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 INTERRUPT_SAVE_S = 60.0
 
 
@@ -146,13 +146,13 @@ def _supervise(
         where = f"the policy of step {saved} is saved" if saved else "nothing was learned yet"
         console.print(f"interrupted: {where}; {hint}", markup=False)
         tracker.close("interrupted")
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except (WorkerLost, RuntimeError, OSError) as error:
         console.print("[bold red]the run stopped[/]:", style=None, end=" ")
         console.print(str(error), markup=False)
         console.print(f"When that is mended, {hint}", markup=False)
         tracker.close(f"{type(error).__name__}: {error}")
-        return EXIT_FAILED
+        return exit_codes.FAILED
     return 0
 
 

@@ -32,8 +32,8 @@ KINDS = {
     "lm_head": "head",
     "gate": "router",
 }
-RARE = {"samplers_lost": "samplers lost", "resumes": "resumed"}
-VERDICTS = ("learner waited", "samplers waited", "balanced")
+RARE = {"rollouts_unjudged": "rollouts not judged", "samplers_lost": "samplers lost", "resumes": "resumed"}
+VERDICTS = ("learner waited", "samplers waited", "all waited", "balanced")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +106,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         },
         "failures": {
             "groups": dict(Counter(event["failure"] for event in named["group_failed"])),
+            "rollouts_unjudged": sum(event["rollouts"] for event in named["rollouts_unjudged"]),
             "samplers_lost": len(named["sampler_lost"]),
             "resumes": sum(event["resumed_at"] is not None for event in named["run_start"]),
         },

@@ -7,8 +7,8 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -87,6 +87,9 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
+    def only(self, kept: Sequence[int]) -> RolloutGroup:
+        return replace(self, rollouts=tuple(self.rollouts[index] for index in kept))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
@@ -144,6 +147,14 @@ class GroupSummary:
     oldest_version: int | None
     """Version of the oldest token of the group; None for demonstrations."""
     newest_version: int | None
+
+    def only(self, kept: Sequence[int]) -> GroupSummary:
+        """That of the kept rollouts; the versions stay those of the whole group, which held its place for all."""
+        return replace(
+            self,
+            num_tokens_G=tuple(self.num_tokens_G[index] for index in kept),
+            finish_reasons_G=tuple(self.finish_reasons_G[index] for index in kept),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

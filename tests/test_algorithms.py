@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlpost.config import build_recipe
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
+from rlpost.recipe import build_recipe
 from rlpost.stages import objective_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlpost.config import GRPO, SFT, RecipeError, build_recipe, load_recipe
+from rlpost.config import GRPO, SFT, RecipeError
 from rlpost.plan import Resources, check_resources, max_model_len, num_parameters
+from rlpost.recipe import build_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

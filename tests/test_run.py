@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from rlpost import cli, run, run_directory
-from rlpost.config import Recipe, RecipeError, build_recipe
+from rlpost.config import Recipe, RecipeError
 from rlpost.pipeline.buffer import Position
+from rlpost.recipe import build_recipe
 from rlpost.tracking import RunTracker, WandbOptions
 from rlpost.workers import cluster
 

@@ -123,7 +123,12 @@ def test_time_adds_up_over_sessions_and_states(run_dir: Path) -> None:
     assert time["verdicts"] == {"learner waited": 2, "balanced": 1}
     assert "wait 50%" in text and "learner waited in 67%, balanced in 33%" in text
     assert summary["num_steps"] == 4 and summary["num_rollouts"] == 48
-    assert summary["failures"] == {"groups": {"verifier_error": 1}, "samplers_lost": 0, "resumes": 1}
+    assert summary["failures"] == {
+        "groups": {"verifier_error": 1},
+        "rollouts_unjudged": 0,
+        "samplers_lost": 0,
+        "resumes": 1,
+    }
 
 
 def test_it_can_be_made_again_after_the_models_are_gone(run_dir: Path) -> None:

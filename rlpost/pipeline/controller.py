@@ -12,8 +12,8 @@ Nothing waits for itself: a slot opens when versions advance; versions advance w
 groups hold their slots already (`pipeline.buffer` has the proof). Samplers swap their weights beside the learner's next
 step, whose groups the bound already allowed; one publish is under way at a time, so a step waits only for the one before.
 
-Failures are handled in one place, `_run_group`: a verifier that broke or a group that no sampler survived is dropped and
-counted, and the run stops when their share passes `max_failed_share`. Everything else propagates and ends the run.
+Failures are handled in one place, `_run_group`: a rollout that no verifier could judge, or a group that no sampler survived,
+is dropped and counted, and the run stops when their share passes `max_failed_share`. Everything else ends the run.
 """
 
 from __future__ import annotations
@@ -71,14 +71,19 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A group ready to train: its tokens by handle, everything else by value."""
+    """A group ready to train: its tokens by handle, everything else by value and of the kept rollouts alone."""
 
     ticket: Ticket
     prompt: Prompt
     handle: Handle
+    kept_G: tuple[int, ...]
+    """All rollouts but those on which the verifier broke."""
     summary: GroupSummary
     judgements: tuple[Judgement, ...]
     advantages_G: tuple[float, ...]
+
+    def graded(self) -> GradedGroup:
+        return GradedGroup(handle=self.handle, kept_G=self.kept_G, advantages_G=self.advantages_G)
 
 
 class Tracker(Protocol):
@@ -100,6 +105,7 @@ class RunSettings:
     checkpoint_every: int = 0
     """Steps between checkpoints within a stage; 0: only when a stage ends."""
     max_failed_share: float = 0.05
+    """Of all rollouts, those that may be lost or not judged before the run stops."""
     max_refills: int = 10
     """Batches' worth of groups without signal one step may discard before the run stops (only with `refill`)."""
     log_groups: int = 1
@@ -131,7 +137,7 @@ class Controller:
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
         self._evaluating = Ledger("train", clock)
-        self._refills = 0
+        self._refills = self._failed_rollouts = self._ended_rollouts = 0
         self._last_export: Export | None = None
         self._publish_s = 0.0
 
@@ -183,12 +189,18 @@ class Controller:
                 phase=f"judging {prompt.id}",
             )
         except WorkerLost as error:
-            self._fail(ticket, prompt, "worker_lost", str(error))
+            self._fail(ticket, prompt, "worker_lost", str(error), stage.group_size)
             return
+        kept_G = tuple(index for index, j in enumerate(judgements) if j.outcome != "verifier_error")
         broken = [j for j in judgements if j.outcome == "verifier_error"]
-        if broken:
-            self._fail(ticket, prompt, "verifier_error", broken[0].detail)
+        if len(kept_G) < min(2, stage.group_size):
+            self._fail(ticket, prompt, "verifier_error", broken[0].detail, stage.group_size)
             return
+        if broken:
+            self._event("rollouts_unjudged", prompt=prompt.id, rollouts=len(broken), detail=broken[0].detail)
+        latest = f"{prompt.id}: {broken[0].detail}" if broken else ""
+        self._count_failures(len(broken), stage.group_size, latest)
+        judgements, summary = tuple(judgements[index] for index in kept_G), summary.only(kept_G)
         advantages_G = credit(stage.spec.objective, [j.reward for j in judgements], summary.finish_reasons_G)
         if stage.refill and not any(advantages_G):
             self._filter(ticket, stage)
@@ -197,6 +209,7 @@ class Controller:
             ticket=ticket,
             prompt=prompt,
             handle=handle,
+            kept_G=kept_G,
             summary=summary,
             judgements=judgements,
             advantages_G=advantages_G,
@@ -213,6 +226,7 @@ class Controller:
             ticket=ticket,
             prompt=prompt,
             handle=self.workers.put(group),
+            kept_G=tuple(range(len(responses))),
             summary=summarize(group),
             judgements=(),
             advantages_G=(1.0, -1.0) if pair else (1.0,),
@@ -220,18 +234,26 @@ class Controller:
         self.buffer.put(ticket, finished, oldest_version=None)
         self._bell.ring()
 
-    def _fail(self, ticket: Ticket, prompt: Prompt, kind: str, detail: str) -> None:
+    def _fail(self, ticket: Ticket, prompt: Prompt, kind: str, detail: str, num_rollouts: int) -> None:
         self.buffer.drop(ticket, "failed")
         self._event("group_failed", prompt=prompt.id, failure=kind, detail=detail)
-        counts = self.buffer.counts
-        ended = counts["trained"] + counts["filtered"] + counts["failed"]
-        share = counts["failed"] / max(ended, MIN_GROUPS_TO_JUDGE_FAILURES)
-        if share > self.settings.max_failed_share:
-            raise RuntimeError(
-                f"{counts['failed']} of {ended} groups failed, more than max_failed_share ="
-                f" {self.settings.max_failed_share:g}; the last one, {prompt.id}: {kind}: {detail}"
-            )
+        self._count_failures(num_rollouts, num_rollouts, f"{prompt.id}: {kind}: {detail}")
         self._bell.ring()
+
+    def _count_failures(self, failed: int, ended: int, latest: str) -> None:
+        """`failed` of the `ended` rollouts of a group were lost or could not be judged.
+
+        Raises:
+            RuntimeError: past `max_failed_share` of all since this process began.
+        """
+        self._failed_rollouts += failed
+        self._ended_rollouts += ended
+        share = self._failed_rollouts / max(self._ended_rollouts, MIN_GROUPS_TO_JUDGE_FAILURES * ended)
+        if failed and share > self.settings.max_failed_share:
+            raise RuntimeError(
+                f"{self._failed_rollouts} of {self._ended_rollouts} rollouts were lost or could not be judged, more than"
+                f" max_failed_share = {self.settings.max_failed_share:g}; the last: {latest}"
+            )
 
     def _filter(self, ticket: Ticket, stage: Stage) -> None:
         self.buffer.drop(ticket, "filtered")
@@ -306,7 +328,7 @@ class Controller:
                 waited_s += self._clock() - before
                 continue
             groups += arrived
-            graded = [GradedGroup(handle=g.handle, advantages_G=g.advantages_G) for g in arrived]
+            graded = [group.graded() for group in arrived]
             await self._learn(
                 "accumulate",
                 self.workers.learner.accumulate(graded, learner_version=version, max_staleness=bound),
@@ -415,7 +437,7 @@ class Controller:
         if not stage.sampled:
             return
         for finished in groups[: self.settings.log_groups]:
-            group = await self.workers.fetch(finished.handle)
+            group = (await self.workers.fetch(finished.handle)).only(finished.kept_G)
             for rollout, judgement, advantage in zip(
                 group.rollouts, finished.judgements, finished.advantages_G, strict=True
             ):

@@ -46,7 +46,10 @@ class GradedGroup:
     """A group on its way to the learner: its tokens by handle, its credit by value."""
 
     handle: Handle
+    kept_G: tuple[int, ...]
+    """The rollouts to train, by index: all but those that nobody could judge."""
     advantages_G: tuple[float, ...]
+    """One per kept rollout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ from rlpost.types import GroupSummary, Judgement, Prompt
 
 WAIT = "wait"
 """The ledger state of a worker that has nothing to do."""
+JUDGE = "judge"
+"""That of a verifier with at least one response in hand."""
 
 
 class FinishedGroup(Protocol):
@@ -140,15 +142,21 @@ def _worker_times(worker_seconds: Mapping[str, Mapping[str, float]]) -> dict[str
     return {f"time/{worker}/{state}": s for worker, states in worker_seconds.items() for state, s in states.items()}
 
 
+def _share(seconds: Mapping[str, float], state: str) -> float:
+    return seconds.get(state, 0.0) / (sum(seconds.values()) or 1.0)
+
+
 def verdict(record: StepRecord) -> str:
     """Who waited for whom during this step, and what would help, in one line."""
     learner_share = record.waited_s / record.seconds
-    waits = [
-        states.get(WAIT, 0.0) / total
-        for worker, states in record.worker_seconds.items()
-        if worker.startswith("sampler") and (total := sum(states.values()))
-    ]
+    waits = [_share(s, WAIT) for worker, s in record.worker_seconds.items() if worker.startswith("sampler")]
     sampler_share = fmean(waits) if waits else 0.0
+    if min(learner_share, sampler_share) > 0.3 and _share(record.worker_seconds.get("verifier", {}), JUDGE) > 0.5:
+        tasks = sorted({group.prompt.task for group in record.groups})
+        which = " and ".join(f"verifier.{task}.workers" for task in tasks)
+        return (
+            f"all waited for the verifier, learner {learner_share:.0%} and samplers {sampler_share:.0%}: raise {which}"
+        )
     if max(learner_share, sampler_share) < 0.1:
         return f"balanced: learner waited {learner_share:.0%}, samplers {sampler_share:.0%}"
     if learner_share >= sampler_share and record.evaluating_s > record.waited_s / 2:

@@ -12,7 +12,7 @@ from rlpost.engines.base import LearnerEngine, SamplerEngine
 from rlpost.engines.pretrained import save_pretrained
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Seconds
-from rlpost.pipeline.step_metrics import WAIT
+from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, WeightUpdate, summarize
 from rlpost.workers.judging import shape_judgement
 from rlpost.workers.learner_service import LearnerService
@@ -50,7 +50,7 @@ class LocalVerifier:
         self._ledger = Ledger(WAIT)
 
     async def judge(self, handle: RolloutGroup, shaping: Mapping[str, Any] | None = None) -> tuple[Judgement, ...]:
-        with self._ledger.state("judge"):
+        with self._ledger.state(JUDGE):
             return tuple(
                 shape_judgement(self._judge(handle, r), r.text, r.num_response_tokens, shaping) for r in handle.rollouts
             )
@@ -73,7 +73,7 @@ class LocalLearner:
         self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None
     ) -> None:
         self._service.accumulate(
-            [group.handle for group in groups],
+            [group.handle.only(group.kept_G) for group in groups],
             [group.advantages_G for group in groups],
             learner_version=learner_version,
             max_staleness=max_staleness,

@@ -22,7 +22,7 @@ from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Seconds
-from rlpost.pipeline.step_metrics import WAIT
+from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
 from rlpost.workers.local import export_of
@@ -85,7 +85,7 @@ class _VerifierProcess:
     async def judge(self, packed: PackedGroup, shaping: Mapping[str, Any] | None) -> tuple[Judgement, ...]:
         prompt = packed.prompt
         self._num_judging += 1
-        self._ledger.enter("judge")
+        self._ledger.enter(JUDGE)
         try:
             submitted = [self._pool.submit(prompt.task, text, prompt.reference) for text in packed.texts_G]
             verdicts = await asyncio.gather(*map(asyncio.wrap_future, submitted))
@@ -138,9 +138,10 @@ class _LearnerProcess:
         self._service.begin_stage(spec)
 
     def accumulate(self, groups: Sequence[GradedGroup], learner_version: int, max_staleness: int | None) -> None:
-        packed = ray.get([g.handle for g in groups]) if isinstance(groups[0].handle, ray.ObjectRef) else None
+        sampled = isinstance(groups[0].handle, ray.ObjectRef)
+        whole = [unpack_group(packed) for packed in ray.get([g.handle for g in groups])] if sampled else None
         self._service.accumulate(
-            [unpack_group(p) for p in packed] if packed is not None else [g.handle for g in groups],
+            [group.only(g.kept_G) for group, g in zip(whole or [g.handle for g in groups], groups, strict=True)],
             [g.advantages_G for g in groups],
             learner_version=learner_version,
             max_staleness=max_staleness,

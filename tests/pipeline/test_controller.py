@@ -310,8 +310,32 @@ def test_a_broken_verifier_is_counted_and_stops_the_run_past_the_limit(make_run:
     def broken(group: RolloutGroup, rollout: Any) -> Judgement:
         return Judgement(reward=0.0, outcome="verifier_error", detail="no such module")
 
-    with pytest.raises(RuntimeError, match=r"groups failed, more than max_failed_share = 0.05.*no such module"):
+    with pytest.raises(RuntimeError, match=r"could not be judged, more than max_failed_share = 0.05.*no such module"):
         make_run([make_stage()], judge=broken).start()
+
+
+def test_a_rollout_nobody_could_judge_is_in_nothing_its_group_teaches(make_run: MakeRun) -> None:
+    def breaks_once(group: RolloutGroup, rollout: Any) -> Judgement:
+        if rollout is group.rollouts[1] and group.prompt.id.endswith("0"):
+            return Judgement(reward=1e6, outcome="verifier_error", detail="no such module")
+        return parity_judge(group, rollout)
+
+    run = make_run([make_stage(steps=3, group_size=4)], judge=breaks_once)
+    learner = run.controller.workers.learner
+    accumulate, graded = learner.accumulate, []
+
+    async def spy(groups: Any, **kwargs: Any) -> None:
+        graded.extend(groups)
+        await accumulate(groups, **kwargs)
+
+    learner.accumulate = spy
+    run.start()
+    (event,) = run.tracker.events("rollouts_unjudged")
+    short = [g for g in graded if len(g.kept_G) == 3]
+    assert [(g.kept_G, len(g.advantages_G)) for g in short] == [((0, 2, 3), 3)]
+    assert event["rollouts"] == 1 and "no such module" in event["detail"]
+    assert all(abs(sum(g.advantages_G)) < 1e-6 for g in graded), "the baseline is the mean of the rest"
+    assert all(row["reward/mean"] <= 1.0 for row in run.tracker.of("step"))
 
 
 def test_groups_without_signal_are_replaced_when_asked(make_run: MakeRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -113,6 +114,14 @@ def record(waited_s: float, sampler: dict[str, float], evaluating_s: float = 0.0
 )
 def test_the_verdict_names_who_waited_longer(waited_s: float, sampler: dict[str, float], line: str) -> None:
     assert verdict(record(waited_s, sampler)).startswith(line)
+
+
+def test_the_verdict_names_the_verifier_when_everyone_waits_for_it() -> None:
+    slow = record(7.2, {"generate": 3, "wait": 7})
+    slow = replace(slow, worker_seconds={**slow.worker_seconds, "verifier": {"judge": 9, "wait": 1}})
+    assert verdict(slow).startswith("all waited for the verifier, learner 72% and samplers 70%: raise verifier.")
+    quick = replace(slow, worker_seconds={**slow.worker_seconds, "verifier": {"judge": 1, "wait": 9}})
+    assert verdict(quick).startswith("learner waited 72% for rollouts")
 
 
 def test_the_verdict_does_not_blame_samplers_that_served_an_evaluation() -> None:
