@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -118,8 +120,9 @@ def test_the_verdict_names_who_waited_longer(waited_s: float, sampler: dict[str,
 
 def test_the_verdict_names_the_verifier_when_everyone_waits_for_it() -> None:
     slow = record(7.2, {"generate": 3, "wait": 7})
-    slow = replace(slow, worker_seconds={**slow.worker_seconds, "verifier": {"judge": 9, "wait": 1}})
-    assert verdict(slow).startswith("all waited for the verifier, learner 72% and samplers 70%: raise verifier.")
+    code: Any = (SimpleNamespace(prompt=SimpleNamespace(task="code")),)
+    slow = replace(slow, groups=code, worker_seconds={**slow.worker_seconds, "verifier": {"judge": 9, "wait": 1}})
+    assert verdict(slow) == "all waited for the verifier, learner 72% and samplers 70%: raise verifier.code.workers"
     quick = replace(slow, worker_seconds={**slow.worker_seconds, "verifier": {"judge": 1, "wait": 9}})
     assert verdict(quick).startswith("learner waited 72% for rollouts")
 
