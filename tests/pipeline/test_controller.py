@@ -330,10 +330,10 @@ def test_a_rollout_nobody_could_judge_is_in_nothing_its_group_teaches(make_run: 
 
     learner.accumulate = spy
     run.start()
-    (event,) = run.tracker.events("rollouts_unjudged")
-    short = [g for g in graded if len(g.kept_G) == 3]
-    assert [(g.kept_G, len(g.advantages_G)) for g in short] == [((0, 2, 3), 3)]
-    assert event["rollouts"] == 1 and "no such module" in event["detail"]
+    events = run.tracker.events("rollouts_unjudged")
+    short = [(g.kept_G, len(g.advantages_G)) for g in graded if len(g.kept_G) < 4]
+    assert short and short == [((0, 2, 3), 3)] * len(events)
+    assert all(event["rollouts"] == 1 and event["detail"] == "no such module" for event in events)
     assert all(abs(sum(g.advantages_G)) < 1e-6 for g in graded), "the baseline is the mean of the rest"
     assert all(row["reward/mean"] <= 1.0 for row in run.tracker.of("step"))
 
