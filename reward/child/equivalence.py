@@ -6,10 +6,10 @@ import dataclasses
 import re
 
 from reward.child import special, units
-from reward.child.grammar import Node
 from reward.child.reading import Reading, read
 from reward.child.regions import is_region
 from reward.child.structures import same
+from reward.child.tree import Node
 from reward.child.wording import word_key
 
 _SPACED_UNIT = re.compile(r"[\d.]+ (?:[mgshLNJWV]|m\^\{?[23]\}?)")

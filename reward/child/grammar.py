@@ -6,26 +6,11 @@ grammar cannot read in full raises Unreadable, so no verdict rests on a part of 
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
-from typing import Any, NamedTuple
-
 from reward.child.tables import ASCII_FUNCTIONS, BASE_WORDS, CONSTANTS, FUNCTIONS, GREEK, TRIGONOMETRIC
+from reward.child.tokens import Token, tokenize
+from reward.child.tree import Node, Unreadable, based, number, repeating
 
 MAX_DEPTH = 40
-_MAX_DIGITS = 400
-_TOKEN = re.compile(
-    r"""(?P<space>\s+)
-    |(?P<repeating>\d*\.\d*(?:\\overline\s*\{\d+\}|\\bar\s*\{\d+\}|\\dot\s*\{\d\}|\(\d+\)))
-    |(?P<number>\d+\.\d+|\d+|\.\d+)
-    |\\text\s*\{(?P<text>[^{}]*)\}
-    |\\mathbb\s*\{(?P<field>[A-Z])\}
-    |\\(?:begin|end)\s*\{(?P<env>[a-z]+)\*?\}
-    |(?P<command>\\[a-zA-Z]+|\\.)
-    |(?P<word>[A-Za-z]+)
-    |(?P<symbol>\*\*|<=|>=|!=|==|<|>|.)""",
-    re.VERBOSE | re.DOTALL,
-)
 _RELATIONS = {
     "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
     "\\in": "in", "\\approx": "~", "\\equiv": "=", "\\sim": "=", "\\notin": "notin", "in": "in", "\\ni": "ni",
@@ -33,97 +18,6 @@ _RELATIONS = {
 _SET_OPERATORS = {"\\cup": "union", "\\cap": "intersection", "\\setminus": "difference"}
 _SEPARATORS = {",", ";", "or", "and", "\\vee", "\\wedge", "&"}
 _CLOSERS = {"(": ")]", "[": "])"}
-
-
-class Unreadable(Exception):
-    """The text is not an answer this grammar knows."""
-
-
-class Node(NamedTuple):
-    """An expression or a structure of expressions; `data` holds what is not a child (a value, a name, an operator)."""
-
-    head: str
-    args: tuple[Any, ...] = ()
-    data: Any = None
-
-
-class Token(NamedTuple):
-    kind: str
-    text: str
-    spaced: bool
-
-
-def number(text: str) -> Node:
-    """A literal with its exact value and the text that shows how precisely it was stated."""
-    if len(text) > _MAX_DIGITS:
-        raise Unreadable("a number of more digits than an answer has")
-    return Node("num", (), (Fraction(text), text))
-
-
-def tokenize(text: str, depth: int = 0) -> list[Token]:
-    tokens: list[Token] = []
-    spaced = False
-    for match in _TOKEN.finditer(text):
-        kind = match.lastgroup or ""
-        if kind == "space":
-            spaced = True
-            continue
-        value = match[kind]
-        if kind == "text":
-            tokens += _text_tokens(value, depth)
-        elif kind == "env":
-            tokens.append(Token(kind, "\\begin" if match[0].startswith("\\begin") else "\\end", spaced))
-            tokens.append(Token("envname", value, False))
-        elif kind == "word":
-            tokens += _word_tokens(value, spaced)
-        else:
-            tokens.append(Token(kind, value, spaced))
-        spaced = False
-    return tokens
-
-
-def _text_tokens(text: str, depth: int) -> list[Token]:
-    words = text.strip(" .:").lower()
-    if words in ("or", "and", ", and", ", or", "and/or"):
-        return [Token("symbol", words.split()[-1].partition("/")[0], True)]
-    if words in ("", "i.e", "so", "only"):
-        return []
-    if words == "in":
-        return [Token("symbol", "in", True)]
-    if depth == 0 and re.search(r"\d", text) and not re.search(r"[A-Za-z]{3}", text):
-        return tokenize(text, 1)
-    if words in ("e", "i", "pi"):
-        return [Token("name", words, True)]
-    if not words.isascii() or not re.search(r"[a-zA-Z]", words):
-        return tokenize(text, 1) if depth == 0 else []
-    return [Token("phrase", " ".join(text.lower().split()).strip(" .:"), True)]
-
-
-def _word_tokens(word: str, spaced: bool) -> list[Token]:
-    if word in ("or", "and", "in"):
-        return [Token("symbol", word, spaced)]
-    if word in CONSTANTS or word in GREEK or word in FUNCTIONS or word in ASCII_FUNCTIONS:
-        return [Token("name", word, spaced)]
-    if word.lower() in ("inf", "infinity"):
-        return [Token("name", "inf", spaced)]
-    if len(word) > 1 and word.isupper():
-        return [Token("name", word, spaced)]
-    for name in sorted(ASCII_FUNCTIONS.keys() | FUNCTIONS, key=len, reverse=True):
-        if len(name) > 2 and word.endswith(name) and 0 < len(word) - len(name) <= 2:
-            return [*_letters(word[: -len(name)], spaced), Token("name", name, False)]
-        if len(name) > 2 and word.startswith(name) and len(word) - len(name) == 1:
-            return [Token("name", name, spaced), *_letters(word[len(name) :], False)]
-    if word.endswith("pi") and len(word) <= 4:
-        return [*_letters(word[:-2], spaced), Token("name", "pi", False)]
-    if word.startswith("pi") and len(word) <= 4:
-        return [Token("name", "pi", spaced), *_letters(word[2:], False)]
-    if len(word) > 4:
-        return [Token("phrase", word.lower(), spaced)]
-    return _letters(word, spaced)
-
-
-def _letters(word: str, spaced: bool) -> list[Token]:
-    return [Token("name", letter, spaced and index == 0) for index, letter in enumerate(word)]
 
 
 def parse(text: str) -> Node:
@@ -339,7 +233,7 @@ class _Parser:
             case "number":
                 return self.numeral(token)
             case "repeating":
-                return _repeating(token.text)
+                return repeating(token.text)
             case "field":
                 return Node("field", (), token.text)
             case "phrase":
@@ -591,26 +485,6 @@ def _flat(node: Node) -> str:
     return node.head + "".join(_flat(argument) for argument in node.args)
 
 
-def _repeating(text: str) -> Node:
-    match = re.fullmatch(r"(\d*)\.(\d*)\D+(\d+)\D", text)
-    if match is None or len(text) > _MAX_DIGITS:
-        raise Unreadable("a repeating decimal")
-    start, period = match[2], match[3]
-    whole = Fraction(f"{match[1] or 0}.{start or 0}")
-    value = whole + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(start))
-    return Node("num", (), (value, "repeating"))
-
-
 def _in_base(digits: str, base: Node) -> Node:
     value = int(base.data[0]) if base.head == "num" else BASE_WORDS.get(str(base.data).replace("base ", ""), 0)
     return based(digits, value)
-
-
-def based(digits: str, base: int) -> Node:
-    """A numeral with its base. Raise Unreadable for a digit the base does not have."""
-    if not 2 <= base <= 36 or len(digits) > _MAX_DIGITS:
-        raise Unreadable(f"base {base}")
-    try:
-        return Node("based", (), (int(digits, base), digits.lstrip("0").upper(), base))
-    except ValueError as error:
-        raise Unreadable(f"{digits} in base {base}") from error

@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from reward.child.grammar import Node, Unreadable, number, parse
+from reward.child.grammar import parse
 from reward.child.notation import canonical, join_thousands, trim, unbox, unwrapped
 from reward.child.special import based_numeral
 from reward.child.tables import FUNCTIONS, MULTIPLIERS, NEGATIONS, PERCENT_WORDS
+from reward.child.tree import Node, Unreadable, number
 from reward.child.units import known_unit, looks_like_a_word
 from reward.child.wording import as_words, fraction_from_words, number_from_words
 

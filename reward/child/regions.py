@@ -13,7 +13,7 @@ from typing import Any
 from mpmath import mp
 
 from reward.child import values
-from reward.child.grammar import Node
+from reward.child.tree import Node
 from reward.child.values import Undecided
 
 _MAX_ENDS = 60

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reward.child import values
-from reward.child.grammar import Node
 from reward.child.regions import Regionless, same_region
 from reward.child.scalars import all_of, proportional
+from reward.child.tree import Node
 
 Same = Callable[[Node, Node], bool | None]
 """Equality of any two trees, which relations need for their parts."""

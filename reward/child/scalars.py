@@ -12,7 +12,7 @@ from fractions import Fraction
 from mpmath import mp
 
 from reward.child import values
-from reward.child.grammar import Node
+from reward.child.tree import Node
 from reward.child.values import Undecided
 
 MIN_DIGITS = 6

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from reward.child.grammar import Node, Unreadable, based
 from reward.child.notation import canonical, trim, unbox, unwrapped
 from reward.child.tables import BASE_WORDS, MONTHS
+from reward.child.tree import Node, Unreadable, based
 
 _BASED = re.compile(
     r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:base\s*)?(\d{1,2}|[a-z]{3,8})\s*\}?"

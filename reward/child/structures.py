@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from reward.child.grammar import Node, number
 from reward.child.regions import Regionless, same_region
 from reward.child.relations import (
     COLLECTIONS,
@@ -17,6 +16,7 @@ from reward.child.relations import (
     without_name,
 )
 from reward.child.scalars import all_of, same_scalar
+from reward.child.tree import Node, number
 from reward.child.wording import word_key
 
 _MAX_ITEMS = 60

@@ -14,8 +14,8 @@ from typing import Any
 import mpmath
 from mpmath import mp
 
-from reward.child.grammar import Node
 from reward.child.tables import TRIGONOMETRIC, words
+from reward.child.tree import Node
 
 _MAX_BITS = 100_000
 _MAX_FACTORIAL = 5000
