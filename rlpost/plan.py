@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from rlpost.config import DataConfig, GeneratedData, Recipe, RecipeError, Sampled
+from rlpost.config import DataConfig, GeneratedData, Recipe, RecipeError, Sampled, StageConfig
 
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
@@ -96,33 +97,6 @@ def _safetensors_numel(file: Path) -> int:
 
 def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     """The resolved plan, for `--dry-run`."""
-    stages = Table(title=f"stages of {recipe.name}", title_justify="left")
-    columns = (
-        "stage",
-        "algorithm",
-        "data",
-        "steps",
-        "prompts/step",
-        "rollouts/step",
-        "max staleness",
-        "groups alive",
-        "lr",
-    )
-    for column in columns:
-        stages.add_column(column)
-    for stage in recipe.stage:
-        sampled = stage.algo if isinstance(stage.algo, Sampled) else None
-        stages.add_row(
-            stage.name,
-            stage.algo.name,
-            stage.data,
-            str(stage.steps),
-            str(stage.prompts_per_step),
-            str(stage.prompts_per_step * stage.algo.rollouts_per_prompt),
-            str(sampled.max_staleness) if sampled else "-",
-            f"<= {(sampled.max_staleness + 1) * stage.prompts_per_step}" if sampled else "-",
-            f"{stage.lr:g}",
-        )
     workers = Table(title="workers", title_justify="left")
     for column in ("worker", "processes", "each on", "memory each (estimate)"):
         workers.add_column(column)
@@ -152,7 +126,28 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"this machine: {resources.cores} cores, {resources.gpus} GPUs\n"
         f"run directory: {recipe.directory}"
     )
+    stages = Group(*(_stage_plan(stage) for stage in recipe.stage))
     return Group(facts, stages, workers)
+
+
+def _stage_plan(stage: StageConfig) -> Text:
+    """What a stage does, and every setting of its algorithm with the defaults filled in."""
+    algo = stage.algo
+    rollouts = f"{stage.prompts_per_step} prompts x {algo.rollouts_per_prompt} = "
+    rollouts += f"{stage.prompts_per_step * algo.rollouts_per_prompt} rollouts"
+    alive = ""
+    if isinstance(algo, Sampled):
+        alive = f", at most {(algo.max_staleness + 1) * stage.prompts_per_step} groups alive"
+    schedule = f"{stage.lr:g} {stage.lr_schedule}" + (
+        f" after {stage.lr_warmup_steps} steps of warm-up" if stage.lr_warmup_steps else ""
+    )
+    settings = ", ".join(
+        f"{name} {value}" for name, value in algo.model_dump(exclude={"name"}).items() if value is not None
+    )
+    return Text(
+        f"stage {stage.name}: {algo.name} on {stage.data}, {stage.steps} steps of {rollouts}{alive}, lr {schedule}\n"
+        f"    {settings}"
+    )
 
 
 def _sampler_memory(recipe: Recipe, parameters: int | None) -> str:
