@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.learning import methods
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
 from rlpost.recipe import build_recipe
 from rlpost.stages import objective_of
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
-ROW = re.compile(r"^\| (?P<method>[^|]+) \| `(?P<settings>[a-z_]+ = [^`]*)` \|.*https?://", re.MULTILINE)
-METHODS = {
-    m["method"]: tomllib.loads(f"algo = {{ {m['settings']} }}")["algo"] for m in ROW.finditer(DOCUMENT.read_text())
-}
+METHODS = methods()
 NAMED = {
     "GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++ with baseline", "GSPO", "CISPO", "IcePop",
     "DPO", "IPO", "SimPO", "ORPO",
