@@ -1,24 +1,21 @@
 """vLLM as a `SamplerEngine`: in this process, one request per rollout, weights swapped in place and proved.
 
-The only file that imports vLLM, and only once an engine is built: vLLM reads its environment on import and changes the
-process it lives in (thread settings, torch.distributed), so it gets a process of its own with `environment` set first.
+vLLM is imported only once an engine is built: it reads its environment on import and changes the process it lives in
+(thread settings, torch.distributed), so it gets a process of its own with `environment` set first.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
+from rlpost.engines.vllm_cpu import check_live, inspect_in_process, live_weights, use_compiled_kernels
 from rlpost.engines.weight_proof import load_in_place, prove
 from rlpost.types import Rollout, VersionSpan, WeightUpdate
 
@@ -92,6 +89,7 @@ class VllmSampler:
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._end_ids = sorted(end_token_ids(path))
         self._max_model_len = max_model_len
+        on_this_device = {"ir_op_priority": use_compiled_kernels()} if on_cpu else {}
         args = EngineArgs(
             model=str(path),
             skip_tokenizer_init=True,
@@ -114,13 +112,14 @@ class VllmSampler:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **on_this_device,  # pyright: ignore[reportArgumentType]
         )
         if on_cpu:
-            _inspect_in_process(path)
-        with _live_cpu_weights() if on_cpu else nullcontext():
+            inspect_in_process(path)
+        with live_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
         if on_cpu:
-            self._engine.apply_model(_check_live)
+            self._engine.apply_model(check_live)
         self._running: dict[str, RolloutRequest] = {}
         self._version = 0
         self._engine.set_weight_version(str(self._version))
@@ -217,44 +216,3 @@ def _check_environment(device: str) -> None:
                 f"{name} is {os.environ.get(name)!r} and must be {value!r}: start the sampler's process with the"
                 f" variables of vllm_sampler.environment({device!r})"
             )
-
-
-def _inspect_in_process(model_path: Path) -> None:
-    """Spare a machine's first start 8 s: vLLM would start a process only to look at the model's class."""
-    from vllm import ModelRegistry
-
-    for architecture in json.loads((model_path / "config.json").read_text()).get("architectures") or ():
-        if architecture in ModelRegistry.models:
-            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-
-
-def _linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
-    # vLLM's parameters are a tensor subclass, whose Python dispatch costs more than a small model's product.
-    with torch._C.DisableTorchFunctionSubclass():
-        return nn.functional.linear(input_NK, weight_MK, bias_M)
-
-
-def _check_live(model: nn.Module) -> None:
-    layers = {name: module.cpu_linear for name, module in model.named_modules() if hasattr(module, "cpu_linear")}
-    packed = [name for name, function in layers.items() if function is not _linear]
-    if packed or not layers:
-        raise RuntimeError(f"vLLM packed the weights of {packed or 'every layer'}: an update would not reach them")
-
-
-@contextmanager
-def _live_cpu_weights() -> Iterator[None]:
-    """While the engine is built, keep CPU layers reading `layer.weight` at every call.
-
-    By default they pack a copy of it for oneDNN and drop the original, so that nothing could be updated in place.
-    """
-    from vllm.model_executor.layers import utils
-
-    def keep(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = _linear  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-
-    packing = utils.dispatch_cpu_unquantized_gemm
-    utils.dispatch_cpu_unquantized_gemm = keep
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = packing
