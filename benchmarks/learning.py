@@ -39,7 +39,8 @@ def run(method: str, settings: dict[str, Any], model_path: Path, seed: int, num_
     """Held-out accuracy before and after."""
     run_dir = RUNS / "learning" / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
-    algo = {"name": "online_dpo" if "loss" in settings else "grpo", "group_size": 8, "max_staleness": 2, **settings}
+    name = "online_dpo" if "loss" in settings else "ppo" if "critic" in settings else "grpo"
+    algo = {"name": name, "group_size": 8, "max_staleness": 2, **settings}
     train(
         run_dir,
         f"model={{path='{model_path}'}}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -216,8 +217,9 @@ class Sampled(Table):
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the weights updated and the oldest token trained on; 0 is synchronous."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    truncated: Literal["train", "mask"] = "train"
-    """Rollouts cut at the token limit: train on them as on others, or leave them out of the loss."""
+    truncated: Literal["train", "mask", "bootstrap"] = "train"
+    """Rollouts cut at the token limit: train on them as on others, or leave them out of the loss, or (ppo) let the value of
+    their last state take the place of their reward."""
     refill: bool = False
     """Replace groups without signal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: Annotated[float, Field(gt=0)] | None = None
@@ -227,12 +229,18 @@ class Sampled(Table):
     def rollouts_per_prompt(self) -> int:
         return self.group_size
 
+    @model_validator(mode="after")
+    def _bootstrap_has_a_value(self) -> Sampled:
+        if self.truncated == "bootstrap" and not isinstance(self, PPO):
+            raise ValueError(
+                'truncated = "bootstrap" needs the value of a state, which only name = "ppo" estimates: use "train" or "mask"'
+            )
+        return self
 
-class GRPO(Sampled):
-    """Group-relative policy gradient; docs/algorithms.md names the combinations, core/objective.py has the equations."""
 
-    name: Literal["grpo"]
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std"] = "group_std"
+class PolicyGradientAlgo(Sampled):
+    """What policy gradients share, wherever advantages come from; core/objective.py has the equations."""
+
     ratio_level: Literal["token", "sequence"] = "token"
     clip: Literal["ppo", "cispo"] = "ppo"
     clip_low: Annotated[float, Field(gt=0)] = 0.2
@@ -250,7 +258,7 @@ class GRPO(Sampled):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
 
     @model_validator(mode="after")
-    def _combination(self) -> GRPO:
+    def _combination(self) -> PolicyGradientAlgo:
         if self.clip == "cispo" and self.dual_clip is not None:
             raise ValueError('dual_clip bounds what clip = "ppo" leaves open; clip = "cispo" leaves nothing: drop one')
         if self.kl_place == "loss" and self.kl_estimator == "k1":
@@ -263,10 +271,59 @@ class GRPO(Sampled):
                 f'kl_estimator = "{self.kl_estimator}" in the reward does not have the gradient of a KL: use "k1", which'
                 ' does, or kl_place = "loss"'
             )
+        return self
+
+
+class GRPO(PolicyGradientAlgo):
+    """Group-relative policy gradient; docs/algorithms.md names the combinations."""
+
+    name: Literal["grpo"]
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch_std"] = "group_std"
+
+    @model_validator(mode="after")
+    def _scale(self) -> GRPO:
         if self.advantage == "batch_std" and self.kl_coef and self.kl_place == "loss":
             raise ValueError(
                 'advantage = "batch_std" divides the whole gradient when the step is complete, KL included: use'
                 ' kl_place = "reward" with kl_estimator = "k1", where the KL is scaled as the reward is, or kl_coef = 0'
+            )
+        return self
+
+
+class CriticConfig(Table):
+    """AdamW with learner.optimizer's settings, as the policy's; as much memory as the policy."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Constant over the stage."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of the stage in which the critic alone learns: the policy's lr is 0, its schedule begins after them."""
+
+
+class PPO(PolicyGradientAlgo):
+    """Policy gradient with the advantages of a critic, which begins as a copy of the stage's first policy."""
+
+    name: Literal["ppo"]
+    critic: CriticConfig
+    group_size: Annotated[int, Field(ge=1)] = 1
+    """Rollouts per prompt; the critic needs no others to compare with."""
+    gae_gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of the policy's advantages; the critic learns the return itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_group_advantage(cls, table: Any) -> Any:
+        if isinstance(table, Mapping) and "advantage" in table:
+            raise ValueError(
+                'a critic gives the advantages of name = "ppo": leave advantage out, or use name = "grpo" for those of a group'
+            )
+        return table
+
+    @model_validator(mode="after")
+    def _every_group_teaches(self) -> PPO:
+        if self.refill:
+            raise ValueError(
+                "refill replaces groups whose rewards are all equal, and with a critic those teach as well: leave it out"
             )
         return self
 
@@ -323,7 +380,7 @@ class SFT(Table):
         return 1
 
 
-Algo = Annotated[GRPO | OnlineDPO | DPO | SFT, Field(discriminator="name")]
+Algo = Annotated[GRPO | PPO | OnlineDPO | DPO | SFT, Field(discriminator="name")]
 
 
 class CosineLengthConfig(Table):
@@ -388,6 +445,23 @@ class StageConfig(Table):
             raise ValueError(
                 f"stage {self.name!r}: reward.overlong.buffer_tokens = {overlong.buffer_tokens} is more than"
                 f" max_response_tokens = {self.max_response_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> StageConfig:
+        if not isinstance(self.algo, PPO):
+            return self
+        if self.algo.critic.warmup_steps >= self.steps:
+            raise ValueError(
+                f"stage {self.name!r}: critic.warmup_steps = {self.algo.critic.warmup_steps} leaves the policy none of"
+                f" {self.steps} steps, and the critic ends with the stage: use fewer warmup_steps or more steps"
+            )
+        if self.algo.truncated == "bootstrap" and self.reward and (self.reward.overlong or self.reward.cosine_length):
+            raise ValueError(
+                f'stage {self.name!r}: truncated = "bootstrap" puts a value in place of the reward of a cut response, and with'
+                ' it of what reward.overlong and reward.cosine_length make of its length: use truncated = "train", or remove'
+                " them"
             )
         return self
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from rlpost.config import DataConfig, GeneratedData, Recipe, RecipeError, Sampled, StageConfig
+from rlpost.config import PPO, DataConfig, GeneratedData, Recipe, RecipeError, Sampled, StageConfig
 
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
@@ -174,7 +174,10 @@ def _learner_memory(recipe: Recipe, parameters: int | None) -> str:
     optimizer = parameters * MASTER_AND_MOMENTS_BYTES / shard[0]
     gradients = parameters * width / shard[1]
     weights = parameters * width / shard[2]
-    return f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
+    plan = f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
+    if critics := [stage.name for stage in recipe.stage if isinstance(stage.algo, PPO)]:
+        plan += f"; in {', '.join(critics)} {_size(weights + gradients + optimizer)} + activations more for the critic"
+    return plan
 
 
 def _size(num_bytes: float) -> str:

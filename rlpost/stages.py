@@ -7,9 +7,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlpost.checkpoint import Checkpoint
-from rlpost.config import GRPO, SFT, Algo, GeneratedData, PairData, Recipe, RecipeError, Sampled, StageConfig
+from rlpost.config import (
+    PPO,
+    SFT,
+    Algo,
+    GeneratedData,
+    PairData,
+    PolicyGradientAlgo,
+    Recipe,
+    RecipeError,
+    Sampled,
+    StageConfig,
+)
+from rlpost.core.critic import Critic
 from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.preference import Preference
 from rlpost.data.pairs import load_pairs
@@ -117,6 +130,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         lr=config.lr,
         lr_warmup_steps=config.lr_warmup_steps,
         lr_schedule=config.lr_schedule,
+        lr_frozen_steps=algo.critic.warmup_steps if isinstance(algo, PPO) else 0,
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
@@ -125,6 +139,11 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
 
 def objective_of(algo: Algo) -> Objective:
     """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
-    objective = PolicyGradient if isinstance(algo, GRPO) else Supervised if isinstance(algo, SFT) else Preference
+    objective = (
+        PolicyGradient if isinstance(algo, PolicyGradientAlgo) else Supervised if isinstance(algo, SFT) else Preference
+    )
     names = {field.name for field in dataclasses.fields(objective)}
-    return objective(**algo.model_dump(include=names))
+    settings: dict[str, Any] = algo.model_dump(include=names)
+    if isinstance(algo, PPO):
+        settings["advantage"] = Critic(lr=algo.critic.lr, gae_gamma=algo.gae_gamma, gae_lambda=algo.gae_lambda)
+    return objective(**settings)

@@ -108,7 +108,10 @@ class TrainingBatch:
     sampler_logprobs_BT: Tensor
     """float32, 0 off the mask."""
     advantages_B: Tensor
-    """float32, one per rollout: verifiable rewards judge the whole response."""
+    """float32, one per rollout: verifiable rewards judge the whole response. With a critic, its reward instead: the
+    advantage of each token is estimated where the values are (`core.critic`)."""
+    truncated_B: Tensor
+    """bool: cut at the token limit."""
     weights_B: Tensor
     """float32: the rollout's weight in the step's loss (see `core.losses.rollout_weight`)."""
     ages_BT: Tensor

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rlpost.config import GRPO, SFT, RecipeError
-from rlpost.plan import Resources, check_resources, max_model_len, num_parameters
+from rlpost.plan import Resources, check_resources, max_model_len, num_parameters, render_plan
 from rlpost.recipe import build_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -56,6 +58,19 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.rl.algo.kl_place=reward", r'"k3" in the reward does not have the gradient of a KL: use "k1"'),
         ("stage.rl.algo={advantage='batch_std', kl_coef=0.1}", r"divides the whole gradient.*kl_place = \"reward\""),
         ("stage.rl.algo={clip='cispo', dual_clip=3.0}", r"drop one"),
+        ("stage.rl.algo.truncated=bootstrap", r'only name = "ppo" estimates: use "train" or "mask"'),
+        ("stage.rl.algo={name='ppo'}", r"critic: this key is required"),
+        (
+            "stage.rl.algo={name='ppo', critic={lr=1e-5}, advantage='group_std'}",
+            r'leave advantage out, or use name = "grpo"',
+        ),
+        ("stage.rl.algo={name='ppo', critic={lr=1e-5}, refill=true}", r"those teach as well: leave it out"),
+        ("stage.rl.algo={name='ppo', critic={lr=1e-5}, beta=0.1}", r"'beta' is a key of other tables"),
+        ("stage.rl.algo={name='ppo', critic={lr=1e-5}, gae_lamda=0.9}", r"did you mean 'gae_lambda'"),
+        (
+            "stage.rl.algo={name='ppo', critic={lr=1e-5, warmup_steps=3}}",
+            r"none of 3 steps.*fewer warmup_steps or more",
+        ),
         ("stage.rl.algo={name='dpo'}", r"needs data with source = \"pairs\", not 'dataset'.*online_dpo"),
         ("stage.rl.algo={name='online_dpo', loss='ipo', label_smoothing=0.1}", r'no meaning in loss = "ipo"'),
         ("stage.rl.algo={name='online_dpo', gamma=0.5}", r'gamma is the margin of loss = "simpo"'),
@@ -76,6 +91,16 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
 def test_a_wrong_key_or_value_is_refused_with_its_place_and_a_remedy(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe(TREE, [override])
+
+
+def test_a_bootstrapped_response_can_have_no_reward_for_its_length() -> None:
+    algo = "stage.rl.algo={name='ppo', critic={lr=1e-5}, truncated='%s'}"
+    for reward in ("stage.rl.reward.overlong.buffer_tokens=4", "stage.rl.reward.cosine_length.weight=1.0"):
+        build_recipe(TREE, [algo % "train", reward])
+        with pytest.raises(
+            RecipeError, match=r'truncated = "bootstrap" puts a value.*use truncated = "train", or remove'
+        ):
+            build_recipe(TREE, [algo % "bootstrap", reward])
 
 
 def test_batch_arithmetic_suggests_settings_that_work() -> None:
@@ -141,6 +166,19 @@ def test_the_plan_counts_a_built_model_exactly(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"half of")
     with pytest.raises(RecipeError, match=r"model.safetensors is damaged .* download it again"):
         num_parameters(build_recipe(tree(model={"path": str(tmp_path)})))
+
+
+def test_the_plan_counts_the_critic_of_a_stage_that_has_one() -> None:
+    """7e9 parameters at 2 + 2 + 12 bytes: 104.3 GiB."""
+
+    def plan(*overrides: str) -> str:
+        console = Console(width=240, file=io.StringIO())
+        with console.capture() as capture:
+            console.print(render_plan(build_recipe(TREE, overrides), Resources(cores=2, gpus=0)))
+        return capture.get()
+
+    assert "critic" not in plan()
+    assert "in rl 104.3 GiB + activations more for the critic" in plan("stage.rl.algo={name='ppo', critic={lr=1e-5}}")
 
 
 @pytest.mark.parametrize(

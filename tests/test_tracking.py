@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -594,8 +595,16 @@ def full_record() -> StepRecord:
     )
 
 
+def critic_record() -> StepRecord:
+    """The same with a critic in place of advantages from groups."""
+    record = full_record()
+    names = ("value", "return", "return_error", "return_error_squared", "critic_loss")
+    record.report.tally.add(return_count=16.0, return_squared=32.0, **dict.fromkeys(names, 1.0))
+    return dataclasses.replace(record, report=dataclasses.replace(record.report, critic_grad_norm=2.0))
+
+
 def test_every_key_of_a_step_is_documented_and_nothing_else_is() -> None:
-    produced = {*step_metrics(full_record()), "time"}
+    produced = {*step_metrics(full_record()), *step_metrics(critic_record()), "time"}
     patterns = documented("metrics.jsonl")
     assert not {key for key in produced if not any(matches(key, pattern) for pattern in patterns)}
     assert not {pattern for pattern in patterns if not any(matches(key, pattern) for key in produced)}
@@ -620,6 +629,12 @@ async def test_every_key_of_an_evaluation_is_documented_and_nothing_else_is() ->
 
 def test_every_event_is_documented_and_nothing_else_is() -> None:
     assert set(documented("events.jsonl")) == {*EVENT_LINES, "run_end"}
+
+
+def test_with_a_critic_groups_of_equal_rewards_are_not_reported_as_without_signal() -> None:
+    plain, critic = step_metrics(full_record()), step_metrics(critic_record())
+    assert "reward/frac_zero_std" in plain and not any(key.startswith("critic/") for key in plain)
+    assert "reward/frac_zero_std" not in critic and critic["critic/grad_norm"] == 2.0
 
 
 def test_how_verdicts_came_about_is_reported_by_task() -> None:

@@ -14,6 +14,8 @@ MISMATCH_EDGES = torch.logspace(-4, 1, 51)
 """Bin edges of the |sampler - learner| log-prob histogram; its percentiles are read off these."""
 AGE_BUCKETS = 4
 """Ages 0, 1, 2 and "3 or more" are told apart."""
+ZERO_VARIANCE = 1e-9
+"""Of a step's returns: less is the rounding of sums."""
 OPTIONAL_SHARES = {
     "clipped": "actor/pg_clipfrac",
     "clipped_low": "actor/pg_clipfrac_lower",
@@ -54,6 +56,8 @@ class StepReport:
     grad_norm: float
     """Of the step's mean gradient, before clipping."""
     tally: Tally
+    critic_grad_norm: float | None = None
+    """The same of the critic; None without one."""
 
 
 def tally_policy(batch: TrainingBatch, logprobs_BT: Tensor, entropies_BT: Tensor) -> Tally:
@@ -108,6 +112,23 @@ def policy_metrics(tally: Tally) -> dict[str, float]:
         if count := tally.sums.get(f"tokens_age_{age}"):
             metrics[f"staleness/token_share_age_{age}"] = count / tokens
             metrics[f"mismatch/logprob_gap_mean_age_{age}"] = tally.sums[f"gap_age_{age}"] / count
+    return metrics
+
+
+def critic_metrics(tally: Tally) -> dict[str, float]:
+    """The figures of a whole step of the critic; none without one. Keys as in docs/metrics.md.
+
+    Explained variance is 1 - Var(return - value) / Var(return), population's; absent where all returns are equal.
+    """
+    if not tally.sums.get("return_count"):
+        return {}
+    sums, count = tally.sums, tally.sums["return_count"]
+    metrics = {"critic/loss": sums["critic_loss"] / count, "critic/value_mean": sums["value"] / count}
+    variance, unexplained = (
+        sums[f"{of}_squared"] / count - (sums[of] / count) ** 2 for of in ("return", "return_error")
+    )
+    if variance > ZERO_VARIANCE:
+        metrics["critic/explained_variance"] = 1 - unexplained / variance
     return metrics
 
 

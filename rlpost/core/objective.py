@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlpost.core.advantages import Advantage, batch_scale, group_advantages
+from rlpost.core.critic import Critic, Values, gae, returns, token_rewards, value_loss
 from rlpost.core.kl import kl_terms, kl_to_go
 from rlpost.core.losses import (
     Level,
@@ -33,10 +34,10 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """Group-relative policy gradient: w x surrogate(r, A), summed. docs/algorithms.md names the usual combinations."""
+    """Policy gradient: w x surrogate(r, A), summed. docs/algorithms.md names the usual combinations."""
 
-    advantage: Advantage = "group_std"
-    """See `core.advantages.group_advantages`."""
+    advantage: Advantage | Critic = "group_std"
+    """Of a rollout, from its group (`core.advantages.group_advantages`), or of each token, from a critic (PPO)."""
     ratio_level: Level = "token"
     """r = pi / p of each token, or the geometric mean over its response."""
     clip: Literal["ppo", "cispo"] = "ppo"
@@ -46,8 +47,9 @@ class PolicyGradient:
     dual_clip: float | None = None
     """Bound, above 1, of the ratio of tokens with a negative advantage."""
     aggregation: Aggregation = "token_mean"
-    truncated: Literal["train", "mask"] = "train"
-    """Rollouts cut at the token limit. mask: they count in their group's baseline, and in nothing else."""
+    truncated: Literal["train", "mask", "bootstrap"] = "train"
+    """Rollouts cut at the token limit. mask: they count in their group's baseline, and in nothing else. bootstrap: the
+    critic's value of their last state takes the place of their reward."""
     proximal: Literal["sampler", "learner"] = "sampler"
     """p, centre of the trust region. sampler: p = b, the policy that drew each token, so clipping bounds all drift since
     then and w is 1. learner: the policy at the start of the step, and w = p / b corrects the drift before it. A batch
@@ -68,13 +70,17 @@ class PolicyGradient:
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    @property
+    def critic(self) -> Critic | None:
+        return self.advantage if isinstance(self.advantage, Critic) else None
+
     def counts(self, finish_reason: str) -> bool:
         """Whether a rollout that ended so is part of the step's mean."""
-        return self.truncated == "train" or finish_reason != "length"
+        return self.truncated != "mask" or finish_reason != "length"
 
     def has_gradient(self, advantage: float) -> bool:
         """Whether a rollout with this advantage can move a weight; others need no forward pass."""
-        return advantage != 0.0 or self.needs_reference
+        return advantage != 0.0 or self.needs_reference or self.critic is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,11 @@ class Supervised:
 
 
 Objective = PolicyGradient | Supervised | Preference
+
+
+def critic_of(objective: Objective) -> Critic | None:
+    """The critic a learner must train beside the policy, if any."""
+    return objective.critic if isinstance(objective, PolicyGradient) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +122,13 @@ class StageSpec:
 
 
 def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:
-    """One advantage per rollout of a sampled group; all zero when the group holds nothing to learn."""
+    """One advantage per rollout of a sampled group, all zero when the group holds nothing to learn; with a critic, which
+    turns them into advantages later, the rewards."""
     assert not isinstance(objective, Supervised), "demonstrations are not judged"
     if isinstance(objective, Preference):
         return tuple(best_against_worst(objective, rewards, finish_reasons))
+    if isinstance(objective.advantage, Critic):
+        return tuple(rewards)
     rewards_G = torch.tensor(rewards, dtype=torch.float64)
     return tuple(group_advantages(rewards_G, advantage=objective.advantage).tolist())
 
@@ -158,7 +172,7 @@ def step_denominator(
     mean = denominator(
         sum(lengths), len(lengths), aggregation=objective.aggregation, max_response_tokens=max_response_tokens
     )
-    if policy is None:
+    if policy is None or isinstance(policy.advantage, Critic):
         return mean
     return mean * batch_scale([a for advantages_G in advantages for a in advantages_G], advantage=policy.advantage)
 
@@ -169,8 +183,13 @@ def loss_and_tally(
     logprobs_BT: Tensor,
     entropies_BT: Tensor,
     reference_logprobs_BT: Tensor | None,
+    values: Values | None = None,
 ) -> tuple[Tensor, Tally]:
-    """Summed loss of one micro-batch (not yet divided by the step's denominator) and its figures."""
+    """Summed loss of one micro-batch (not yet divided by the step's denominator) and its figures.
+
+    Args:
+        values: the critic's, where the objective has one.
+    """
     if isinstance(objective, Supervised):
         loss = negative_log_likelihood(logprobs_BT, batch.weights_B, batch.loss_mask_BT)
         tally = Tally()
@@ -179,7 +198,21 @@ def loss_and_tally(
     if isinstance(objective, Preference):
         loss, tally = preference_loss(objective, batch, logprobs_BT, reference_logprobs_BT)
         return loss, Tally.merge([tally, tally_policy(batch, logprobs_BT, entropies_BT)])
-    return _policy_gradient(objective, batch, logprobs_BT, entropies_BT, reference_logprobs_BT)
+    return _policy_gradient(objective, batch, logprobs_BT, entropies_BT, reference_logprobs_BT, values)
+
+
+def critic_loss_and_tally(
+    objective: Objective,
+    batch: TrainingBatch,
+    values: Values,
+    logprobs_BT: Tensor,
+    reference_logprobs_BT: Tensor | None,
+) -> tuple[Tensor, Tally]:
+    """The critic's summed loss of the same micro-batch, for the same denominator, and its figures."""
+    assert isinstance(objective, PolicyGradient) and objective.critic is not None
+    rewards_BT, bootstrap_B = _token_rewards(objective, batch, values, logprobs_BT, reference_logprobs_BT)
+    returns_BT = returns(rewards_BT, bootstrap_B, batch.loss_mask_BT, gamma=objective.critic.gae_gamma)
+    return value_loss(values.tokens_BT, returns_BT, batch.weights_B, batch.loss_mask_BT)
 
 
 def _policy_gradient(
@@ -188,6 +221,7 @@ def _policy_gradient(
     logprobs_BT: Tensor,
     entropies_BT: Tensor,
     reference_logprobs_BT: Tensor | None,
+    values: Values | None,
 ) -> tuple[Tensor, Tally]:
     """-sum w x surrogate(pi / p, A): the decoupled objective of AReaL (https://arxiv.org/abs/2505.24298), which is PPO's
     when p is the sampler."""
@@ -196,7 +230,7 @@ def _policy_gradient(
     drift_BT = importance_ratio(proximal_BT, sampler_BT, mask_BT, level=objective.weight_level)
     low, high = objective.weight_low, objective.weight_high
     weight_BT = importance_weight(drift_BT, form=objective.weight_form, low=low, high=high)
-    advantages_BT = _advantages(objective, batch, logprobs_BT, reference_logprobs_BT)
+    advantages_BT = _advantages(objective, batch, logprobs_BT, reference_logprobs_BT, values)
     surrogate = _surrogate(objective, logprobs_BT, proximal_BT, advantages_BT, mask_BT)
     loss = -weighted_sum(weight_BT * surrogate.values_BT, batch.weights_B, mask_BT)
     tally = tally_policy(batch, logprobs_BT, entropies_BT)
@@ -219,13 +253,46 @@ def _policy_gradient(
 
 
 def _advantages(
-    objective: PolicyGradient, batch: TrainingBatch, logprobs_BT: Tensor, reference_logprobs_BT: Tensor | None
+    objective: PolicyGradient,
+    batch: TrainingBatch,
+    logprobs_BT: Tensor,
+    reference_logprobs_BT: Tensor | None,
+    values: Values | None,
 ) -> Tensor:
-    """The rollout's advantage at every token, less what the token and those after it cost in KL."""
+    """Each token's: by a critic, or the rollout's, less what the token and those after it cost in KL."""
+    critic = objective.critic
+    assert (critic is None) == (values is None)
+    if critic is not None and values is not None:
+        rewards_BT, bootstrap_B = _token_rewards(objective, batch, values, logprobs_BT, reference_logprobs_BT)
+        return gae(
+            rewards_BT,
+            values.tokens_BT,
+            bootstrap_B,
+            batch.loss_mask_BT,
+            gamma=critic.gae_gamma,
+            decay=critic.gae_lambda,
+        )
     advantages_BT = batch.advantages_B[:, None].expand_as(logprobs_BT)
     if objective.kl_place == "loss" or reference_logprobs_BT is None:
         return advantages_BT
     return advantages_BT - objective.kl_coef * kl_to_go(logprobs_BT, reference_logprobs_BT, batch.loss_mask_BT)
+
+
+def _token_rewards(
+    objective: PolicyGradient,
+    batch: TrainingBatch,
+    values: Values,
+    logprobs_BT: Tensor,
+    reference_logprobs_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(rewards_BT, bootstrap_B): what a critic must foresee. KL in the reward is each token's own cost."""
+    goes_on_B = batch.truncated_B & (objective.truncated == "bootstrap")
+    costs_BT = torch.zeros_like(values.tokens_BT)
+    if objective.kl_place == "reward" and reference_logprobs_BT is not None:
+        kl_BT = kl_terms(logprobs_BT.detach(), reference_logprobs_BT, batch.loss_mask_BT, estimator="k1")
+        costs_BT = objective.kl_coef * kl_BT
+    rewards_BT = token_rewards(torch.where(goes_on_B, 0.0, batch.advantages_B), costs_BT, batch.loss_mask_BT)
+    return rewards_BT, torch.where(goes_on_B, values.end_B.detach(), 0.0)
 
 
 def _surrogate(

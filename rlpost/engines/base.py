@@ -65,7 +65,8 @@ class LearnerEngine(Protocol):
     """One rank's share of the policy being trained."""
 
     def begin_stage(self, spec: StageSpec) -> None:
-        """Fresh optimizer state, and the present policy as the reference if the objective needs one."""
+        """Fresh optimizer state; copies of the present policy as the reference and as the critic's beginning, if the
+        objective needs them. Those of the last stage end here."""
         ...
 
     def accumulate(
@@ -79,14 +80,18 @@ class LearnerEngine(Protocol):
         """Add these rollouts' summed loss to the step's gradient.
 
         They are whole groups. For a preference objective those with an advantage are pairs, one after another: 1 marks
-        the chosen response, -1 the rejected one.
+        the chosen response, -1 the rejected one. With a critic, advantages are the rollouts' rewards
+        (`core.objective.credit`), values are those of the critic at the last step, and its gradient accumulates too.
 
         Every rank is given the same rollouts in the same order and trains its share of them (collective).
         """
         ...
 
     def step(self, *, denominator: float, lr: float) -> StepReport:
-        """Divide the accumulated gradient by `denominator`, clip it, update the weights, clear it (collective)."""
+        """Divide the accumulated gradient by `denominator`, clip it, update the weights, clear it (collective).
+
+        The same for the critic, at its own learning rate.
+        """
         ...
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -94,7 +99,7 @@ class LearnerEngine(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write this rank's model, optimizer and RNG state under `path`, as of the last step (collective).
+        """Write this rank's model, critic, optimizer and RNG state under `path`, as of the last step (collective).
 
         What was accumulated since is not part of it: an interrupted run trains those groups again.
         """

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Without it DeepSpeed probes for every accelerator it knows, and warns that it found none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -25,17 +26,19 @@ import deepspeed
 from deepspeed.runtime import bf16_optimizer
 
 from rlpost.core.batching import collate, plan_micro_batches
+from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally, trained_units
+from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
 from rlpost.engines.pretrained import write_tensors
+from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
 MAX_BUCKET_ELEMENTS = 200_000_000
 """Gradients are reduced in buckets of at most this many elements."""
-TAG = "deepspeed"
-"""Name of DeepSpeed's own folder in a checkpoint."""
+TAG, CRITIC_TAG = "deepspeed", "deepspeed-critic"
+"""Names of DeepSpeed's own folders in a checkpoint."""
 NO_ROLLOUT = torch.zeros(1, 2, dtype=torch.int64)
 """[1, 2] token ids for a backward pass without rollouts; nothing of it is on a loss mask."""
 
@@ -99,19 +102,13 @@ class DeepSpeedLearner:
         self._model_path, self._dtype, self._serve_dtype = model_path, dtype, serve_dtype
         self._zero_stage, self._micro_batch_tokens = zero_stage, micro_batch_tokens
         self._rank, self._world_size = rank, world_size
-        policy = load_policy(model_path, dtype)
-        if gradient_checkpointing:
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._scorer = Scorer(policy).train()
-        num_elements = sum(p.numel() for p in policy.parameters())
-        self._engine: Any = deepspeed.initialize(
-            model=self._scorer,
-            optimizer=torch.optim.AdamW(self._scorer.parameters(), lr=0.0),
-            config=_config(dtype, zero_stage, num_elements),
-            dist_init_required=False,
-        )[0]
+        self._gradient_checkpointing = gradient_checkpointing
+        self._scorer = Scorer(self._checkpointing(load_policy(model_path, dtype))).train()
+        self._engine: Any = self._initialize(self._scorer)
         self._spec: StageSpec | None = None
         self._reference: Scorer | None = None
+        self._critic: Any = None
+        """An engine of its own, of a `ValueModel`, while the stage's objective has a critic."""
         self._tallies: list[Tally] = []
         self._num_backwards = 0
 
@@ -123,6 +120,7 @@ class DeepSpeedLearner:
                 tensor.zero_()
         if spec.objective.needs_reference:
             self._reference = self._frozen_copy({name: p.cpu() for name, p in self._gathered()})
+        self._begin_critic(spec)
 
     def accumulate(
         self,
@@ -157,9 +155,15 @@ class DeepSpeedLearner:
             if self._reference is not None:
                 with torch.no_grad():
                     reference_BT = self._reference(*inputs)[0].cpu()
-            logprobs_BT, entropies_BT = self._engine(*inputs)
             # The loss is a few thousand numbers: on the host, core's functions need no devices.
-            loss, tally = loss_and_tally(spec.objective, batch, logprobs_BT.cpu(), entropies_BT.cpu(), reference_BT)
+            logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs))
+            values = None
+            if self._critic is not None:
+                values = Values(*(x.cpu() for x in self._critic(*inputs[:2], self._on_device(batch.lengths_B))))
+                loss, tally = critic_loss_and_tally(spec.objective, batch, values, logprobs_BT, reference_BT)
+                self._critic.backward(loss)
+                self._tallies.append(tally)
+            loss, tally = loss_and_tally(spec.objective, batch, logprobs_BT, entropies_BT, reference_BT, values)
             self._backward(loss)
             self._tallies.append(tally)
 
@@ -167,18 +171,24 @@ class DeepSpeedLearner:
         """See `LearnerEngine.step`; the tally is this rank's share.
 
         Raises:
-            RuntimeError: when the gradient is not finite; the weights are then unchanged.
+            RuntimeError: when a gradient, the policy's or its critic's, is not finite; the weights it was for are then unchanged.
         """
         if not self._num_backwards:
             self._backward_of_nothing()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        with self._gradient_divided_by(denominator):
+        with self._gradient_divided_by(denominator, self._engine.optimizer):
             self._engine.step()
+        critic_norm = None
+        if self._critic is not None:
+            with self._gradient_divided_by(denominator, self._critic.optimizer):
+                self._critic.step()
+            critic_norm = float(self._critic.get_global_grad_norm())
         self._num_backwards = 0
-        report = StepReport(grad_norm=float(self._engine.get_global_grad_norm()), tally=Tally.merge(self._tallies))
+        norm = float(self._engine.get_global_grad_norm())
+        report = StepReport(grad_norm=norm, tally=Tally.merge(self._tallies), critic_grad_norm=critic_norm)
         self._tallies = []
-        check_finite(report.grad_norm)
+        check_finite(norm, critic_norm)
         return report
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -187,6 +197,8 @@ class DeepSpeedLearner:
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
+        if self._critic is not None:
+            self._critic.save_checkpoint(str(path), tag=CRITIC_TAG, save_latest=False)
         torch.save(_rng_state(), path / f"rng-{self._rank}.pt")
         if self._rank == 0:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
@@ -209,19 +221,58 @@ class DeepSpeedLearner:
                     f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state"
                     f" is sharded that way, so resume with {key} = {saved[key]}"
                 )
-        with redirect_stdout(StringIO()):  # BF16_Optimizer prints a debugging line
-            loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise RuntimeError(f"{path / TAG} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
+        for engine, tag in ((self._engine, TAG), (self._critic, CRITIC_TAG)):
+            if engine is None:
+                continue
+            with redirect_stdout(StringIO()):  # BF16_Optimizer prints a debugging line
+                loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_lr_scheduler_states=False)
+            if loaded is None:
+                raise RuntimeError(f"{path / tag} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
         # The checkpoint's optimizer settings came with its state: this stage's own prevail.
         self._apply(spec)
+        self._apply_critic(spec)
         if spec.objective.needs_reference:
             self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
         _set_rng_state(torch.load(path / f"rng-{self._rank}.pt", weights_only=True))
 
     def close(self) -> None:
         """Undo DeepSpeed's hooks; a process that makes another learner calls it first."""
+        self._end_critic()
         self._engine.destroy()
+
+    def _initialize(self, model: nn.Module) -> Any:
+        num_elements = sum(p.numel() for p in model.parameters())
+        return deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=0.0),
+            config=_config(self._dtype, self._zero_stage, num_elements),
+            dist_init_required=False,
+        )[0]
+
+    def _checkpointing(self, policy: PreTrainedModel) -> PreTrainedModel:
+        if self._gradient_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return policy
+
+    def _begin_critic(self, spec: StageSpec) -> None:
+        """A fresh one from the present policy if the stage needs one, in place of the last stage's."""
+        self._end_critic()
+        if critic_of(spec.objective) is not None:
+            policy = self._checkpointing(self._copy({name: p.cpu() for name, p in self._gathered()}))
+            self._critic = self._initialize(ValueModel(policy).train())
+            self._apply_critic(spec)
+
+    def _end_critic(self) -> None:
+        if self._critic is not None:
+            self._critic.destroy()
+            self._critic = None
+
+    def _apply_critic(self, spec: StageSpec) -> None:
+        if critic := critic_of(spec.objective):
+            apply_optimizer_spec(self._critic.optimizer, spec)
+            self._critic.optimizer.clip_grad = spec.optimizer.max_grad_norm
+            for group in self._critic.optimizer.param_groups:
+                group["lr"] = critic.lr
 
     def _apply(self, spec: StageSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -236,16 +287,21 @@ class DeepSpeedLearner:
     def _backward_of_nothing(self) -> None:
         """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
         token_ids_BT = self._on_device(NO_ROLLOUT)
-        logprobs_BT, _ = self._engine(token_ids_BT, torch.zeros_like(token_ids_BT, dtype=torch.bool), 1.0)
+        mask_BT = torch.zeros_like(token_ids_BT, dtype=torch.bool)
+        # In the order of a micro-batch with rollouts: another rank may have one.
+        logprobs_BT, _ = self._engine(token_ids_BT, mask_BT, 1.0)
+        if self._critic is not None:
+            values_BT, _ = self._critic(token_ids_BT, mask_BT, torch.ones_like(token_ids_BT[:, 0]))
+            self._critic.backward(values_BT.sum())
         self._backward(logprobs_BT.sum())
 
     @contextmanager
-    def _gradient_divided_by(self, denominator: float) -> Iterator[None]:
+    def _gradient_divided_by(self, denominator: float, optimizer: Any) -> Iterator[None]:
         """While it holds, DeepSpeed's step sees the accumulated gradient divided by `denominator`.
 
         The reduction averages over ranks, so dividing by denominator / world_size divides the sum by the denominator.
         """
-        optimizer, scale = self._engine.optimizer, denominator / self._world_size
+        scale = denominator / self._world_size
         if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
             for gradient in optimizer.fp32_groups_gradients_flat:
                 gradient.div_(scale)
@@ -268,11 +324,14 @@ class DeepSpeedLearner:
                 yield name, parameter.detach()
 
     def _frozen_copy(self, tensors: Mapping[str, Tensor]) -> Scorer:
+        return Scorer(self._copy(tensors)).requires_grad_(False).to(self._engine.device)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
         copy = load_policy(self._model_path, self._dtype)
         with torch.no_grad():
             for name, parameter in copy.named_parameters():
                 parameter.copy_(tensors[name])
-        return Scorer(copy).requires_grad_(False).to(self._engine.device)
+        return copy
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._engine.device)

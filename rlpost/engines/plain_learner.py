@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlpost.core.batching import collate
+from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.core.objective import StageSpec, loss_and_tally, trained_units
+from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
 
@@ -29,6 +32,8 @@ class PlainLearner:
         self._optimizer = torch.optim.AdamW(self._scorer.parameters(), lr=0.0)
         self._spec: StageSpec | None = None
         self._reference: Scorer | None = None
+        self._critic: ValueModel | None = None
+        self._critic_optimizer: torch.optim.Optimizer | None = None
         self._tallies: list[Tally] = []
 
     def begin_stage(self, spec: StageSpec) -> None:
@@ -37,6 +42,11 @@ class PlainLearner:
         self._optimizer.zero_grad()
         if spec.objective.needs_reference:
             self._reference = self._frozen_copy(self._scorer.policy.state_dict())
+        self._critic, self._critic_optimizer = None, None
+        if critic_of(spec.objective) is not None:
+            self._critic = ValueModel(self._copy(self._scorer.policy.state_dict())).train()
+            self._critic_optimizer = torch.optim.AdamW(self._critic.parameters(), lr=0.0)
+            apply_optimizer_spec(self._critic_optimizer, spec)
 
     def accumulate(
         self,
@@ -59,7 +69,14 @@ class PlainLearner:
             inputs = (batch.token_ids_BT, batch.loss_mask_BT, spec.temperature)
             with torch.no_grad():
                 reference_BT = self._reference(*inputs)[0] if self._reference is not None else None
-            loss, tally = loss_and_tally(spec.objective, batch, *self._scorer(*inputs), reference_BT)
+            logprobs_BT, entropies_BT = self._scorer(*inputs)
+            values = None
+            if self._critic is not None:
+                values = Values(*self._critic(batch.token_ids_BT, batch.loss_mask_BT, batch.lengths_B))
+                loss, tally = critic_loss_and_tally(spec.objective, batch, values, logprobs_BT, reference_BT)
+                loss.backward()
+                self._tallies.append(tally)
+            loss, tally = loss_and_tally(spec.objective, batch, logprobs_BT, entropies_BT, reference_BT, values)
             loss.backward()
             self._tallies.append(tally)
 
@@ -67,23 +84,28 @@ class PlainLearner:
         """See `LearnerEngine.step`.
 
         Raises:
-            RuntimeError: when the gradient is not finite; the weights are then unchanged.
+            RuntimeError: when a gradient, the policy's or its critic's, is not finite; the weights it was for are then unchanged.
         """
         assert self._spec is not None, "begin_stage comes first"
-        parameters = list(self._scorer.parameters())
+        norm = self._divide_and_clip(self._scorer, denominator)
+        critic_norm = None if self._critic is None else self._divide_and_clip(self._critic, denominator)
+        check_finite(norm, critic_norm)
+        _update(self._optimizer, lr)
+        if self._critic_optimizer is not None and (critic := critic_of(self._spec.objective)):
+            _update(self._critic_optimizer, critic.lr)
+        report = StepReport(grad_norm=norm, tally=Tally.merge(self._tallies), critic_grad_norm=critic_norm)
+        self._tallies = []
+        return report
+
+    def _divide_and_clip(self, model: torch.nn.Module, denominator: float) -> float:
+        """Turn the accumulated gradient into the step's; returns its norm before clipping."""
+        assert self._spec is not None, "begin_stage comes first"
+        parameters = list(model.parameters())
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad /= denominator
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
-        check_finite(norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        report = StepReport(grad_norm=norm, tally=Tally.merge(self._tallies))
-        self._tallies = []
-        return report
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
 
     def weights(self) -> Mapping[str, Tensor]:
         named = self._scorer.policy.named_parameters()
@@ -97,6 +119,8 @@ class PlainLearner:
             "reference": None if self._reference is None else self._reference.policy.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        if self._critic is not None and self._critic_optimizer is not None:
+            state["critic"] = self._critic.state_dict(), self._critic_optimizer.state_dict()
         torch.save(state, path / "plain-learner.pt")
 
     def load(self, path: Path) -> None:
@@ -108,6 +132,11 @@ class PlainLearner:
         self._apply(spec)
         if state["reference"] is not None:
             self._reference = self._frozen_copy(state["reference"])
+        if self._critic is not None and self._critic_optimizer is not None:
+            critic, critic_optimizer = state["critic"]
+            self._critic.load_state_dict(critic)
+            self._critic_optimizer.load_state_dict(critic_optimizer)
+            apply_optimizer_spec(self._critic_optimizer, spec)
         torch.set_rng_state(state["rng"])
 
     def _apply(self, spec: StageSpec) -> None:
@@ -116,9 +145,19 @@ class PlainLearner:
         apply_optimizer_spec(self._optimizer, spec)
 
     def _frozen_copy(self, state: Mapping[str, Tensor]) -> Scorer:
+        return Scorer(self._copy(state)).requires_grad_(False)
+
+    def _copy(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         copy = load_policy(self._model_path, torch.float32)
         copy.load_state_dict(state)
-        return Scorer(copy).requires_grad_(False)
+        return copy
+
+
+def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def apply_optimizer_spec(optimizer: torch.optim.Optimizer, spec: StageSpec) -> None:
@@ -128,10 +167,11 @@ def apply_optimizer_spec(optimizer: torch.optim.Optimizer, spec: StageSpec) -> N
         group["weight_decay"] = spec.optimizer.weight_decay
 
 
-def check_finite(grad_norm: float) -> None:
-    """Raises RuntimeError when a step's gradient holds an infinity or NaN."""
-    if not 0 <= grad_norm < float("inf"):
-        raise RuntimeError(
-            f"the gradient's norm is {grad_norm}: the run has diverged, and would again from its last checkpoint."
-            " Begin in another run_dir with a lower lr or a smaller max_grad_norm"
-        )
+def check_finite(grad_norm: float, critic_grad_norm: float | None = None) -> None:
+    """Raises RuntimeError when a step's gradient, the policy's or the critic's, holds an infinity or NaN."""
+    for of, norm, lr in (("", grad_norm, "lr"), ("critic's ", critic_grad_norm, "critic.lr")):
+        if norm is not None and not 0 <= norm < float("inf"):
+            raise RuntimeError(
+                f"the {of}gradient's norm is {norm}: the run has diverged, and would again from its last checkpoint."
+                f" Begin in another run_dir with a lower {lr} or a smaller max_grad_norm"
+            )

@@ -57,6 +57,8 @@ class Stage:
     lr: float
     lr_warmup_steps: int = 0
     lr_schedule: Schedule = "constant"
+    lr_frozen_steps: int = 0
+    """First steps at which the policy's lr is 0, while a critic warms up; the schedule begins after them."""
     refill: bool = False
     """Replace groups whose rewards are all equal by fresh ones (DAPO's dynamic sampling)."""
     patience_s: float | None = None
@@ -339,6 +341,7 @@ class Controller:
             warmup_steps=stage.lr_warmup_steps,
             num_steps=stage.plan.num_steps,
             schedule=stage.lr_schedule,
+            frozen_steps=stage.lr_frozen_steps,
         )
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         self._refills = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
-from rlpost.core.metrics import StepReport, policy_metrics, preference_metrics
+from rlpost.core.metrics import StepReport, critic_metrics, policy_metrics, preference_metrics
 from rlpost.pipeline.ports import Export
 from rlpost.types import GroupSummary, Judgement, Prompt
 
@@ -78,6 +78,10 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
     if record.sampled:
         row |= _rollout_metrics(record)
         row |= policy_metrics(tally)
+        if record.report.critic_grad_norm is not None:
+            row |= critic_metrics(tally)
+            row["critic/grad_norm"] = record.report.critic_grad_norm
+            del row["reward/frac_zero_std"]  # with a critic, a group of equal rewards has something to teach
         if "reference_kl" in tally.sums:
             row["actor/kl_loss"] = tally.sums["reference_kl"] / max(tally.sums.get("tokens", 0.0), 1.0)
         row["wait/verdict"] = verdict(record)

@@ -17,6 +17,7 @@ def make_batch(
     ages: Sequence[Sequence[int]] | None = None,
     *,
     aggregation: str = "token_mean",
+    truncated: Sequence[bool] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TrainingBatch:
     sampler_BT, mask_BT = torch.tensor(sampler, dtype=dtype), torch.tensor(mask, dtype=torch.bool)
@@ -27,6 +28,7 @@ def make_batch(
         loss_mask_BT=mask_BT,
         sampler_logprobs_BT=sampler_BT,
         advantages_B=torch.tensor(advantages, dtype=dtype),
+        truncated_B=torch.tensor(truncated or [False] * len(sampler)),
         weights_B=torch.tensor([rollout_weight(n, aggregation=aggregation) for n in lengths], dtype=dtype),
         ages_BT=torch.zeros(sampler_BT.shape, dtype=torch.int64) if ages is None else torch.tensor(ages),
     )

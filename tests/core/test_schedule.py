@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rlpost.core.schedule import learning_rate
@@ -13,6 +15,13 @@ def rates(schedule: str) -> list[float]:
 
 def test_warm_up_is_linear_and_reaches_the_peak() -> None:
     assert rates("constant") == [0.5, 1.0, *[1.0] * 8]
+
+
+def test_a_frozen_beginning_has_rate_zero_and_only_then_the_schedule_begins() -> None:
+    """Steps 0 to 2 frozen; then 7 steps: 2 of warm-up and 5 of decay."""
+    settings: dict[str, Any] = {"peak": 1.0, "warmup_steps": 2, "schedule": "linear"}
+    ours = [learning_rate(step, num_steps=10, frozen_steps=3, **settings) for step in range(10)]
+    assert ours == [0.0, 0.0, 0.0, *(learning_rate(step, num_steps=7, **settings) for step in range(7))]
 
 
 def test_linear_decay_takes_an_eighth_a_step() -> None:

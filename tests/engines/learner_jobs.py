@@ -7,7 +7,7 @@ import multiprocessing
 import socket
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,10 @@ class Result:
     reports: list[StepReport] = field(default_factory=list)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     """Masters when the checkpoint was written."""
+    critic_before: Mapping[str, Tensor] = field(default_factory=dict)
+    critic: Mapping[str, Tensor] = field(default_factory=dict)
+    """Masters of the critic at the end; empty without one."""
+    critic_saved: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def moved(self) -> Tensor:
@@ -88,6 +92,11 @@ class Result:
     @property
     def norms(self) -> list[float]:
         return [report.grad_norm for report in self.reports]
+
+    def of_critic(self) -> Result:
+        """The same of the critic."""
+        reports = [replace(r, grad_norm=r.critic_grad_norm or 0.0) for r in self.reports]
+        return Result(self.critic_before, self.critic, {}, reports, self.critic_saved)
 
 
 @functools.cache
@@ -149,6 +158,17 @@ def masters(learner: Any) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._scorer.policy.named_parameters()}
 
 
+def critic_masters(learner: Any) -> dict[str, Tensor]:
+    """The same of its critic; empty without one (collective)."""
+    if learner._critic is None:
+        return {}
+    if isinstance(learner, PlainLearner):
+        return {name: p.detach().clone() for name, p in learner._critic.named_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._critic.module.named_parameters()}
+
+
 def train(learner: LearnerEngine, job: Job) -> StepReport:
     rollouts, advantages = make_rollouts(job.model_path)
     if isinstance(job.spec.objective, Preference):
@@ -166,14 +186,23 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     learner.begin_stage(job.spec)
     if job.load is not None:
         learner.load(job.load)
-    before = masters(learner)
-    reports, saved = [], {}
+    before, critic_before = masters(learner), critic_masters(learner)
+    reports, saved, critic_saved = [], {}, {}
     for step in range(job.num_steps):
         reports.append(train(learner, job))
         if job.save is not None and step + 1 == job.save_after:
             learner.save(job.save)
-            saved = masters(learner)
-    result = Result(before, masters(learner), dict(learner.weights()), reports, saved)
+            saved, critic_saved = masters(learner), critic_masters(learner)
+    result = Result(
+        before,
+        masters(learner),
+        dict(learner.weights()),
+        reports,
+        saved,
+        critic_before=critic_before,
+        critic=critic_masters(learner),
+        critic_saved=critic_saved,
+    )
     close(learner)
     return result
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from rlpost.core.critic import Critic
 from rlpost.core.metrics import Tally
-from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, Supervised
+from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
 from rlpost.core.preference import Preference
 from rlpost.core.weights import unchanged_fraction
 from rlpost.engines.base import LearnerEngine
-from rlpost.engines.plain_learner import PlainLearner
+from rlpost.engines.plain_learner import PlainLearner, check_finite
 from rlpost.types import Rollout, VersionSpan
 from tests.engines.learner_jobs import (
     DEEPSPEED,
@@ -29,6 +30,7 @@ from tests.engines.learner_jobs import (
     Kind,
     Result,
     close,
+    critic_masters,
     dense_logprobs,
     free_port,
     make_learner,
@@ -167,6 +169,10 @@ def test_the_proximal_policy_is_the_one_at_the_start_of_each_step(tied_model: Pa
 
 # -- DeepSpeed against the plain learner -------------------------------------------------------------------------------
 
+CRITIC_LR = 0.03
+"""So large that the head, zero at first, lets a gradient through to the backbone in the second step."""
+CRITIC_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.12}
+"""As above, of the critic: in bfloat16 its gradient is coarser, because errors of both signs cancel in it."""
 OBJECTIVES: dict[str, Objective] = {
     "around-the-sampler": PolicyGradient(),
     "around-the-learner": PolicyGradient(proximal="learner", weight_high=1.1, aggregation="sequence_mean"),
@@ -175,6 +181,7 @@ OBJECTIVES: dict[str, Objective] = {
     "cispo-without-truncated": PolicyGradient(clip="cispo", clip_low=1.0, clip_high=0.3, truncated="mask"),
     "with-kl": PolicyGradient(kl_coef=0.5),
     "with-kl-in-the-reward": PolicyGradient(kl_coef=0.5, kl_place="reward", kl_estimator="k1"),
+    "ppo": PolicyGradient(advantage=Critic(lr=CRITIC_LR, gae_lambda=0.9, gae_gamma=0.95), truncated="bootstrap"),
     "supervised": Supervised(),
     "dpo": Preference(beta=0.5, nll_coef=0.2),
     "simpo": Preference(loss="simpo", beta=2.0, gamma=0.3),
@@ -190,10 +197,24 @@ def test_three_steps_are_those_of_the_specification(kind: Kind, tied_model: Path
     tolerance = TOLERANCE[kind.dtype]
     assert error(result, expected) < tolerance
     assert result.norms == pytest.approx(expected.norms, rel=tolerance)
+    if expected.critic:
+        check_critic(result, expected, CRITIC_TOLERANCE[kind.dtype])
     for ours, theirs in zip(result.reports, expected.reports, strict=True):
         assert ours.tally.sums["tokens"] == theirs.tally.sums["tokens"]
         per_token = tolerance * theirs.tally.sums["tokens"]
         assert ours.tally.sums == pytest.approx(theirs.tally.sums, rel=tolerance, abs=per_token)
+
+
+def check_critic(result: Result, expected: Result, tolerance: float) -> None:
+    """Head and backbone both moved, and each as it should."""
+    for part in ("head.", "backbone."):
+        ours, theirs = (
+            replace(r.of_critic(), masters={n: p for n, p in r.critic.items() if n.startswith(part)})
+            for r in (result, expected)
+        )
+        assert theirs.moved.norm() > 1e-3
+        assert error(ours, theirs) < tolerance, part
+    assert result.of_critic().norms == pytest.approx(expected.of_critic().norms, rel=tolerance)
 
 
 @pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
@@ -223,6 +244,22 @@ def test_the_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path
     ]
     for change in changes:
         assert error(run(replace(job, **change)), base) < TOLERANCE[kind.dtype] / 4, change
+
+
+@pytest.mark.parametrize("kind", deepspeed_kinds, indirect=True)
+def test_the_critics_step_does_not_depend_on_how_it_was_cut(kind: Kind, tied_model: Path) -> None:
+    job = Job(kind, tied_model, num_steps=2, spec=replace(SPEC, objective=OBJECTIVES["ppo"]))
+    base = run(job)
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 10_000, "cuts": ()},
+        {"rows": tuple(reversed(range(12))), "cuts": (2, 3)},
+        {"gradient_checkpointing": True},
+    ]
+    for change in changes:
+        changed = run(replace(job, **change))
+        assert error(changed, base) < TOLERANCE[kind.dtype] / 4, change
+        check_critic(changed, base, CRITIC_TOLERANCE[kind.dtype] / 4)
 
 
 @pytest.mark.parametrize("kind", kinds, indirect=True)
@@ -419,6 +456,45 @@ def test_the_reference_is_the_policy_of_the_start_of_the_stage(
     assert abs(kl[0]) < noise and abs(kl[2]) < noise and kl[1] > 20 * noise
 
 
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_critic_begins_as_the_policy_of_its_stage_with_values_of_zero_and_ends_with_it(
+    kind: Kind, make: Callable[..., Any], tied_model: Path
+) -> None:
+    spec = replace(SPEC, objective=OBJECTIVES["ppo"])
+    job = Job(kind, tied_model, spec=spec, lr=0.05)
+    learner = make(spec=spec)
+    first, second = (train(learner, job).tally.sums["value"] for _ in range(2))
+    assert first == 0.0 and abs(second) > 0.1
+    for objective in (spec.objective, PolicyGradient(), spec.objective):
+        learner.begin_stage(replace(spec, objective=objective))
+        critic = critic_masters(learner)
+        assert bool(critic) == (objective is spec.objective)
+        if critic:
+            policy = {f"backbone.{n.removeprefix('model.')}": p for n, p in masters(learner).items()}
+            assert not critic.pop("head.weight").any() and not critic.pop("head.bias").any()
+            assert same(critic, {n: policy[n].to(kind.dtype).float() for n in critic})
+        report = train(learner, job)
+        assert report.tally.sums.get("value") == (0.0 if critic else None)
+        assert (report.critic_grad_norm is not None) == bool(critic)
+
+
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_return_that_is_not_finite_is_an_error_and_moves_no_critic(
+    kind: Kind, make: Callable[..., Any], tied_model: Path
+) -> None:
+    learner: LearnerEngine = make(spec=replace(SPEC, objective=OBJECTIVES["ppo"]))
+    before = critic_masters(learner)
+    learner.accumulate(make_rollouts(tied_model)[0][:1], [float("inf")], learner_version=1, max_staleness=1)
+    with pytest.raises(RuntimeError, match="gradient's norm is"):
+        learner.step(denominator=1.0, lr=1.0)
+    assert same(critic_masters(learner), before)
+
+
+def test_the_error_of_a_critics_gradient_names_its_learning_rate() -> None:
+    with pytest.raises(RuntimeError, match=r"the critic's gradient's norm is inf.*a lower critic\.lr"):
+        check_finite(1.0, float("inf"))
+
+
 def test_dropout_is_off(tied_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(tied_model, path)
@@ -458,6 +534,14 @@ def test_settings_that_train_wrongly_are_refused(tied_model: Path, change: dict[
 # -- several ranks, and resuming ---------------------------------------------------------------------------------------
 
 KL_SPEC = replace(SPEC, objective=PolicyGradient(kl_coef=0.5))
+CRITIC_KINDS = DEEPSPEED[:4]
+"""Every ZeRO stage, and the optimizer that DeepSpeed has for bfloat16."""
+CRITIC_SPEC = replace(
+    SPEC,
+    objective=PolicyGradient(
+        advantage=Critic(lr=CRITIC_LR, gae_lambda=0.9), kl_coef=0.5, kl_place="reward", kl_estimator="k1"
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -465,9 +549,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def whole_run(kind: Kind, model_path: Path, save: Path) -> Job:
+def whole_run(kind: Kind, model_path: Path, save: Path, spec: StageSpec = KL_SPEC) -> Job:
     """Four steps, a checkpoint after two."""
-    return Job(kind, model_path, num_steps=4, spec=KL_SPEC, save=save)
+    return Job(kind, model_path, num_steps=4, spec=spec, save=save)
 
 
 def rest_of(job: Job) -> Job:
@@ -482,7 +566,12 @@ def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
     few = {f"{kind}-few": Job(kind, tied_model, rows=(0, 3, 4, 5, 6), cuts=(1,), num_steps=1) for kind in DEEPSPEED[:3]}
     pairs = replace(SPEC, objective=Preference(beta=0.5))
     paired = {f"{kind}-pairs": Job(kind, tied_model, spec=pairs, cuts=(2,), num_steps=1) for kind in DEEPSPEED[:3]}
-    return jobs | few | paired
+    critic = {
+        f"{kind}-critic": whole_run(kind, tied_model, checkpoints / f"two-{kind}-critic", CRITIC_SPEC)
+        for kind in CRITIC_KINDS
+    }
+    few_critic = {f"{kind}-critic-few": replace(few[f"{kind}-few"], spec=CRITIC_SPEC) for kind in DEEPSPEED[:3]}
+    return jobs | few | paired | critic | few_critic
 
 
 @pytest.fixture(scope="module")
@@ -501,23 +590,34 @@ def two_ranks_resumed(two_rank_jobs: dict[str, Job], two_ranks: object) -> dict[
 
 @pytest.mark.engines
 @pytest.mark.parametrize(
-    "name", [*map(str, DEEPSPEED), *(f"{kind}-{few}" for kind in DEEPSPEED[:3] for few in ("few", "pairs"))]
+    "name",
+    [
+        *map(str, DEEPSPEED),
+        *(f"{kind}-critic" for kind in CRITIC_KINDS),
+        *(f"{kind}-{few}" for kind in DEEPSPEED[:3] for few in ("few", "pairs", "critic-few")),
+    ],
 )
 def test_two_ranks_take_the_steps_of_one(
     name: str, two_rank_jobs: dict[str, Job], two_ranks: dict[str, list[Result]]
 ) -> None:
     job, results = two_rank_jobs[name], two_ranks[name]
-    expected, tolerance = run(replace(job, kind=PLAIN, save=None)), TOLERANCE[job.kind.dtype]
+    expected = run(replace(job, kind=PLAIN, save=None))
+    # With a critic, what it rounds is in the policy's advantages.
+    tolerance = (CRITIC_TOLERANCE if expected.critic else TOLERANCE)[job.kind.dtype]
     assert same(results[0].weights, results[1].weights)
     assert results[0].norms == results[1].norms == pytest.approx(expected.norms, rel=tolerance)
     assert error(results[0], expected) < tolerance
+    if expected.critic:
+        if "few" not in name:  # in the first step only the head moves
+            check_critic(results[0], expected, tolerance)
+        assert same(results[0].critic, results[1].critic)
     merged = Tally.merge(result.reports[0].tally for result in results)
     assert merged.sums["tokens"] == expected.reports[0].tally.sums["tokens"]
     assert merged.sums["loss"] == pytest.approx(expected.reports[0].tally.sums["loss"], rel=3 * tolerance)
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", [str(kind) for kind in DEEPSPEED])
+@pytest.mark.parametrize("name", [*map(str, DEEPSPEED), *(f"{kind}-critic" for kind in CRITIC_KINDS)])
 def test_two_ranks_resume_bit_for_bit_in_fresh_processes(
     name: str, two_ranks: dict[str, list[Result]], two_ranks_resumed: dict[str, list[Result]]
 ) -> None:
@@ -531,14 +631,19 @@ def resumed(process_group: None, tied_model: Path, checkpoints: Path) -> dict[st
 
     Not in this one: what other tests did to its threads and libraries can change the last bit of a sum.
     """
-    jobs = [whole_run(kind, tied_model, checkpoints / f"one-{kind}") for kind in (PLAIN, *DEEPSPEED)]
-    wholes = run_in_children(jobs, world_size=1)[0]
-    rests = run_in_children([rest_of(job) for job in jobs], world_size=1)[0]
-    return {str(j.kind): (w, r) for j, w, r in zip(jobs, wholes, rests, strict=True)}
+    jobs = {str(kind): whole_run(kind, tied_model, checkpoints / f"one-{kind}") for kind in (PLAIN, *DEEPSPEED)}
+    for kind in (PLAIN, *CRITIC_KINDS):
+        name = f"{kind}-critic"
+        jobs[name] = whole_run(kind, tied_model, checkpoints / f"one-{name}", CRITIC_SPEC)
+    wholes = run_in_children(list(jobs.values()), world_size=1)[0]
+    rests = run_in_children([rest_of(job) for job in jobs.values()], world_size=1)[0]
+    return {name: (w, r) for name, w, r in zip(jobs, wholes, rests, strict=True)}
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", [str(kind) for kind in (PLAIN, *DEEPSPEED)])
+@pytest.mark.parametrize(
+    "name", [*map(str, (PLAIN, *DEEPSPEED)), *(f"{kind}-critic" for kind in (PLAIN, *CRITIC_KINDS))]
+)
 def test_a_fresh_process_resumes_bit_for_bit(name: str, resumed: dict[str, tuple[Result, Result]]) -> None:
     check_resumed(*resumed[name])
 
@@ -548,6 +653,10 @@ def check_resumed(whole: Result, rest: Result) -> None:
     assert rest.norms == whole.norms[2:]
     assert [r.tally.sums for r in rest.reports] == [r.tally.sums for r in whole.reports[2:]]
     assert same(rest.masters, whole.masters) and same(rest.weights, whole.weights)
+    assert same(rest.critic_before, whole.critic_saved) and same(rest.critic, whole.critic)
+    if whole.critic:
+        assert not same(whole.critic_saved, whole.critic_before)
+        assert [r.critic_grad_norm for r in rest.reports] == [r.critic_grad_norm for r in whole.reports[2:]]
 
 
 @pytest.mark.engines

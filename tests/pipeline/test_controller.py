@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlpost.core.advantages import group_advantages
+from rlpost.core.critic import Critic
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
 from rlpost.core.weights import checksum
@@ -104,6 +105,36 @@ def test_a_stage_on_its_own_pairs_learns_from_the_judge_and_counts_ties(make_run
     assert sum(last) > sum(first) + 1.0
 
 
+def test_a_policy_learns_from_its_critic_with_one_rollout_per_prompt(make_run: MakeRun) -> None:
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        low = int(rollout.token_ids[rollout.loss_mask][0]) < 150
+        return Judgement(reward=float(low), outcome="correct" if low else "wrong")
+
+    objective = PolicyGradient(advantage=Critic(lr=3e-3, gae_lambda=0.95))
+    stage = make_stage(staleness=1, steps=30, prompts=24, group_size=1, max_tokens=2, lr=3e-3, objective=objective)
+    rows = make_run([stage], judge=judge).start().tracker.of("step")
+    assert all("reward/frac_zero_std" not in row and row["staleness/token_max"] <= 1 for row in rows)
+    first, last = ([row["reward/mean"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(last) > sum(first) + 1.0
+
+
+def test_a_critic_warms_up_on_the_unchanged_policy_and_foresees_what_can_be_foreseen(make_run: MakeRun) -> None:
+    """The reward is a matter of the prompt alone, so that all of its variance can be explained."""
+
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        return Judgement(reward=float(int(group.prompt.id.split("-")[1]) % 3), outcome="correct")
+
+    objective = PolicyGradient(advantage=Critic(lr=3e-3))
+    stage = make_stage(steps=32, prompts=12, group_size=1, max_tokens=2, objective=objective, lr_frozen_steps=30)
+    rows = make_run([stage], judge=judge).start().tracker.of("step")
+    assert [row["actor/lr"] for row in rows] == [0.0] * 30 + [1e-3] * 2
+    unchanged = [row["publish/unchanged_fraction"] for row in rows]
+    assert unchanged[:30] == [1.0] * 30 and unchanged[30] < 1.0
+    assert rows[0]["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[29]["critic/explained_variance"] > 0.9
+    assert rows[0]["critic/value_mean"] == 0.0 and rows[29]["critic/value_mean"] == pytest.approx(1.0, abs=0.2)
+
+
 def test_a_step_of_ties_moves_nothing_and_says_so(make_run: MakeRun) -> None:
     def judge(group: RolloutGroup, rollout: Any) -> Judgement:
         return Judgement(reward=0.5, outcome="correct")
@@ -141,6 +172,10 @@ def test_a_supervised_stage_hands_over_to_a_sampled_one(make_run: MakeRun, stale
         ),
         pytest.param(
             [make_stage(staleness=0, steps=6, objective=PolicyGradient(kl_coef=0.1))], id="with a reference policy"
+        ),
+        pytest.param(
+            [make_stage(staleness=0, steps=6, lr_frozen_steps=4, objective=PolicyGradient(advantage=Critic(lr=1e-2)))],
+            id="with a critic, while it warms up",
         ),
     ],
 )
