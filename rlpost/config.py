@@ -148,6 +148,35 @@ class OptimizerConfig(Table):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
+class LoraConfig(Table):
+    """Train an adapter s B A on linear layers instead of the weights; what is published is merged (docs/algorithms.md)."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    """s = alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Last parts of layer names, as in ["q_proj", "v_proj"], or all linear layers but the output layer."""
+    rslora: bool = False
+    """s = alpha / sqrt(rank)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, table: Any) -> Any:
+        for key in _NO_LORA.keys() & (table if isinstance(table, dict) else {}):
+            raise ValueError(f"{key} is not offered: {_NO_LORA[key]}. Leave it out")
+        return table
+
+
+_NO_LORA = {
+    "dropout": "the learner must score tokens as the sampler drew them, and a ratio of 1 would become noise",
+    "dora": "nothing proves yet that its norms, once merged, give the policy that was trained",
+    "init": "the adapter begins at B = 0. Others (PiSSA, OLoRA, ...) change the base, which is the reference",
+    "bias": "only the adapters are trained",
+    "modules_to_save": "only the adapters are trained",
+}
+"""Keys of peft's that are refused with a reason."""
+
+
 class LearnerConfig(Table):
     ranks: Positive = 1
     gpus_per_rank: Literal[0, 1] = 0
@@ -159,6 +188,8 @@ class LearnerConfig(Table):
     micro_batch_tokens: Positive = 8192
     """Padded tokens per forward pass of one rank: the memory dial. Results do not depend on it."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """None: all weights are trained."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

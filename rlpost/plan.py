@@ -87,6 +87,37 @@ def num_parameters(recipe: Recipe) -> int | None:
     return int(float(size.group(1)) * 1e9) if size else None
 
 
+def num_trained(recipe: Recipe, parameters: int | None) -> int | None:
+    """How many of the `parameters` are trained, or how many an adapter has: as exact as `num_parameters` is, or None.
+
+    Raises:
+        RecipeError: when the adapter names layers that the model does not have.
+    """
+    lora, build = recipe.learner.lora, recipe.model.build
+    if lora is None:
+        return parameters
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which would look for others
+    from transformers import AutoConfig, LlamaConfig
+
+    from rlpost.engines.lora import LoraSpec, num_adapter_parameters
+
+    if build is not None:
+        config = LlamaConfig(
+            hidden_size=build.hidden_size,
+            intermediate_size=build.hidden_size * 8 // 3,
+            num_hidden_layers=build.num_layers,
+            num_attention_heads=build.num_heads,
+        )
+    elif recipe.model.path is not None and Path(recipe.model.path).is_dir():
+        config = AutoConfig.from_pretrained(recipe.model.path)
+    else:
+        return None
+    try:
+        return num_adapter_parameters(config, LoraSpec(**lora.model_dump()))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
 def _safetensors_numel(file: Path) -> int:
     try:
         with safe_open(file, "np") as tensors:
@@ -102,6 +133,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         workers.add_column(column)
     sampler, learner = recipe.sampler, recipe.learner
     parameters = num_parameters(recipe)
+    trained = num_trained(recipe, parameters)
     workers.add_row(
         "sampler (vLLM)",
         str(sampler.workers),
@@ -112,7 +144,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
         str(learner.ranks),
         f"{learner.gpus_per_rank} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
-        _learner_memory(recipe, parameters),
+        learner_memory(recipe, parameters, trained),
     )
     workers.add_row(
         "verifier",
@@ -123,6 +155,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     size = f"{parameters / 1e6:,.1f} M parameters" if parameters else "size unknown before it is downloaded"
     facts = (
         f"model: {recipe.model.path or 'built from scratch'} ({size}); longest sequence {max_model_len(recipe)} tokens\n"
+        f"trained: {_what_is_trained(recipe, trained)}\n"
         f"this machine: {resources.cores} cores, {resources.gpus} GPUs\n"
         f"run directory: {recipe.directory}"
     )
@@ -165,18 +198,31 @@ def _sampler_memory(recipe: Recipe, parameters: int | None) -> str:
     return f"{_size(weights)} weights + {cache} KV"
 
 
-def _learner_memory(recipe: Recipe, parameters: int | None) -> str:
+def _what_is_trained(recipe: Recipe, trained: int | None) -> str:
+    lora = recipe.learner.lora
+    if lora is None:
+        return "all weights"
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    size = f"{trained / 1e6:,.3g} M parameters" if trained else "size unknown before the model is downloaded"
+    return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets} ({size})"
+
+
+def learner_memory(recipe: Recipe, parameters: int | None, trained: int | None) -> str:
+    """Frozen weights cost their own bytes and nothing else; an adapter is kept beside them."""
     if parameters is None:
         return "-"
     learner = recipe.learner
     width = DTYPE_BYTES[learner.dtype]
     shard = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    optimizer = parameters * MASTER_AND_MOMENTS_BYTES / shard[0]
-    gradients = parameters * width / shard[1]
-    weights = parameters * width / shard[2]
+    if trained is None:
+        return f"{_size(parameters * width / shard[2])} weights + adapters + activations"
+    optimizer = trained * MASTER_AND_MOMENTS_BYTES / shard[0]
+    gradients = trained * width / shard[1]
+    weights = (parameters if learner.lora is None else parameters + trained) * width / shard[2]
     plan = f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
     if critics := [stage.name for stage in recipe.stage if isinstance(stage.algo, PPO)]:
-        plan += f"; in {', '.join(critics)} {_size(weights + gradients + optimizer)} + activations more for the critic"
+        full = parameters * (width / shard[2] + width / shard[1] + MASTER_AND_MOMENTS_BYTES / shard[0])
+        plan += f"; in {', '.join(critics)} {_size(full)} + activations more for the critic"
     return plan
 
 

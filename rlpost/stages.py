@@ -15,6 +15,7 @@ from rlpost.config import (
     SFT,
     Algo,
     GeneratedData,
+    LoraConfig,
     PairData,
     PolicyGradientAlgo,
     Recipe,
@@ -62,6 +63,8 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
         raise RecipeError(
             f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
         )
+    if recipe.learner.lora is not None:
+        _check_lora(recipe.learner.lora, model_path)
     used = {stage.data for stage in recipe.stage}
     left_out: dict[str, Mapping[str, int]] = {}
     prompts = {name: _load(recipe, name, tokenizer, left_out) for name in used | {item.data for item in recipe.eval}}
@@ -83,6 +86,18 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
         for item in recipe.eval
     )
     return RunPlan(stages=stages, eval_sets=eval_sets, left_out=left_out, start=checkpoint)
+
+
+def _check_lora(lora: LoraConfig, model_path: Path) -> None:
+    """Refuse layers that the model does not have, before a learner is asked for them."""
+    from transformers import AutoConfig
+
+    from rlpost.engines.lora import LoraSpec, num_adapter_parameters
+
+    try:
+        num_adapter_parameters(AutoConfig.from_pretrained(model_path), LoraSpec(**lora.model_dump()))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
@@ -124,6 +139,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
             optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
+            adapter_seed=derive_seed(recipe.seed, "adapter", config.name),
         ),
         group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,

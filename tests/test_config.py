@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlpost.config import GRPO, SFT, RecipeError
-from rlpost.plan import Resources, check_resources, max_model_len, num_parameters, render_plan
+from rlpost.config import GRPO, SFT, Recipe, RecipeError
+from rlpost.plan import (
+    Resources,
+    check_resources,
+    learner_memory,
+    max_model_len,
+    num_parameters,
+    num_trained,
+    render_plan,
+)
 from rlpost.recipe import build_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -32,6 +40,14 @@ TREE: dict[str, Any] = {
 
 def tree(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(TREE) | changes
+
+
+def rendered(recipe: Recipe) -> str:
+    """What --dry-run prints."""
+    console = Console(width=200, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(render_plan(recipe, Resources(cores=2, gpus=0)))
+    return capture.get()
 
 
 def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no_settings() -> None:
@@ -84,6 +100,12 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.rl.reward.overlong.buffer_tokens=17", r"buffer_tokens = 17 is more than max_response_tokens = 16"),
         ("verifier.min_tier=rlimits-only", r"verifier.min_tier.*namespace.*landlock"),
         ("verifier.code.deadlin_s=3", r"deadlin_s: no such key; did you mean 'deadline_s'"),
+        ("learner.lora={rank=4, alpha=8, dropout=0.05}", r"learner.lora: dropout is not offered: .* Leave it out"),
+        ("learner.lora={rank=4, alpha=8, dora=true}", r"learner.lora: dora is not offered"),
+        ("learner.lora={rank=4, alpha=8, init='pissa'}", r"learner.lora: init is not offered: .*PiSSA"),
+        ("learner.lora={rank=4, alfa=8}", r"learner.lora.alfa: no such key; did you mean 'alpha'"),
+        ("learner.lora={rank=0, alpha=8}", r"learner.lora.rank.*greater than 0"),
+        ("learner.lora={rank=4, alpha=8, targets=[]}", r"learner.lora.targets"),
         ("justaword", r"not of the form key.path=value"),
         ("model.build.hidden_size=64", r"either path|required"),
     ],
@@ -179,6 +201,32 @@ def test_the_plan_counts_the_critic_of_a_stage_that_has_one() -> None:
 
     assert "critic" not in plan()
     assert "in rl 104.3 GiB + activations more for the critic" in plan("stage.rl.algo={name='ppo', critic={lr=1e-5}}")
+
+
+def test_the_plan_of_an_adapter_counts_what_is_trained(tiny_model: Path) -> None:
+    """Two layers of four 64 x 64 matrices and three of 192 x 64: rank 4 x (4 x 128 + 3 x 256) x 2 = 10,240."""
+    lora = ["learner.lora={rank=4, alpha=8}", "learner.dtype=float32"]
+    recipe = build_recipe(tree(model={"path": str(tiny_model)}), lora)
+    assert num_trained(recipe, 1) == 10_240
+    text = rendered(recipe)
+    assert "LoRA adapters of rank 4, alpha 8, on all-linear (0.0102 M parameters)" in text
+    build = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 300}
+    assert num_trained(build_recipe(tree(model={"build": build}), lora), 1) == pytest.approx(10_240, rel=0.1)
+    assert num_trained(build_recipe(TREE), 7) == 7
+
+    hub = build_recipe(TREE, ["learner.lora={rank=4, alpha=8, targets=['q_proj', 'v_proj']}"])
+    assert num_trained(hub, 7) is None
+    assert "on q_proj, v_proj (size unknown before the model is downloaded)" in rendered(hub)
+    with pytest.raises(RecipeError, match=r"'w1' is no layer of LlamaForCausalLM .* 'q_proj'"):
+        num_trained(build_recipe(tree(model={"path": str(tiny_model)}), [*lora, "learner.lora.targets=['w1']"]), 1)
+
+
+def test_memory_of_an_adapter_is_that_of_what_it_trains() -> None:
+    """7 B in bfloat16 is 13.0 GiB of weights; gradients, masters and moments (2 + 12 bytes) are the adapter's alone."""
+    gibi, recipe = 2**30, build_recipe(TREE, ["learner.lora={rank=4, alpha=8}"])
+    text = learner_memory(recipe, 7 * gibi, gibi)
+    assert text.startswith("16.0 GiB weights + 2.0 GiB gradients + 12.0 GiB masters and moments")
+    assert learner_memory(build_recipe(TREE), gibi, gibi).startswith("2.0 GiB weights + 2.0 GiB gradients + 12.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ class StageSpec:
     """The one the rollouts were sampled at; 1 for demonstrations."""
     num_threads: int
     """CPU threads of this stage: supervised stages may take the cores that samplers leave idle."""
+    adapter_seed: int = 0
+    """Of the stage's fresh LoRA adapter, where there is one."""
 
 
 def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:

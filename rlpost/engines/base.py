@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.engines.pretrained import PeftAdapter
 from rlpost.types import Rollout, WeightUpdate
 
 
@@ -66,7 +67,11 @@ class LearnerEngine(Protocol):
 
     def begin_stage(self, spec: StageSpec) -> None:
         """Fresh optimizer state; copies of the present policy as the reference and as the critic's beginning, if the
-        objective needs them. Those of the last stage end here."""
+        objective needs them. Those of the last stage end here.
+
+        Under LoRA the adapter is merged first and a fresh one begun: the present policy is the new base, and with its
+        adapter off the reference.
+        """
         ...
 
     def accumulate(
@@ -95,7 +100,14 @@ class LearnerEngine(Protocol):
         ...
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The policy under its checkpoint names, in the dtype samplers serve, as CPU copies (collective)."""
+        """The policy under its checkpoint names, in the dtype samplers serve, as CPU copies (collective).
+
+        A LoRA adapter is merged into them, in float32 and from the untouched base.
+        """
+        ...
+
+    def adapter(self) -> PeftAdapter | None:
+        """What this stage has added to its base, in peft's format; None without LoRA (collective)."""
         ...
 
     def save(self, path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -30,8 +30,9 @@ from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
 from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
-from rlpost.engines.pretrained import write_tensors
+from rlpost.engines.pretrained import PeftAdapter, write_tensors
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
@@ -93,6 +94,7 @@ class DeepSpeedLearner:
         rank: int,
         world_size: int,
         gradient_checkpointing: bool = False,
+        lora: LoraSpec | None = None,
     ) -> None:
         if zero_stage not in (1, 2, 3):
             # Stage 0 in bfloat16 starts Adam's step counter at 1: its first update is 0.74 of what it should be.
@@ -103,10 +105,14 @@ class DeepSpeedLearner:
         self._zero_stage, self._micro_batch_tokens = zero_stage, micro_batch_tokens
         self._rank, self._world_size = rank, world_size
         self._gradient_checkpointing = gradient_checkpointing
-        self._scorer = Scorer(self._checkpointing(load_policy(model_path, dtype))).train()
+        policy = load_policy(model_path, dtype)
+        self._adapter = None if lora is None else Adapter(policy, lora, self._whole)
+        self._scorer = Scorer(self._checkpointing(policy)).train()
+        if self._adapter is not None:
+            self._scorer.register_state_dict_post_hook(keep_trained)
         self._engine: Any = self._initialize(self._scorer)
         self._spec: StageSpec | None = None
-        self._reference: Scorer | None = None
+        self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._critic: Any = None
         """An engine of its own, of a `ValueModel`, while the stage's objective has a critic."""
         self._tallies: list[Tally] = []
@@ -118,7 +124,10 @@ class DeepSpeedLearner:
         for state in self._engine.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
-        if spec.objective.needs_reference:
+        if self._adapter is not None:
+            self._adapter.renew(spec.adapter_seed)
+            self._engine.optimizer.refresh_fp32_params()
+        elif spec.objective.needs_reference:
             self._reference = self._frozen_copy({name: p.cpu() for name, p in self._gathered()})
         self._begin_critic(spec)
 
@@ -194,15 +203,20 @@ class DeepSpeedLearner:
     def weights(self) -> Mapping[str, Tensor]:
         return {name: p.to("cpu", self._serve_dtype, copy=True) for name, p in self._gathered()}
 
+    def adapter(self) -> PeftAdapter | None:
+        return None if self._adapter is None else self._adapter.export()
+
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        if self._adapter is not None:
+            self._adapter.save_base(path, write=self._rank == 0)
         if self._critic is not None:
             self._critic.save_checkpoint(str(path), tag=CRITIC_TAG, save_latest=False)
         torch.save(_rng_state(), path / f"rng-{self._rank}.pt")
         if self._rank == 0:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
-            if self._reference is not None:
+            if isinstance(self._reference, Scorer):
                 write_tensors(dict(self._reference.policy.named_parameters()), path / "reference.safetensors")
         dist.barrier()
 
@@ -216,22 +230,27 @@ class DeepSpeedLearner:
         assert spec is not None, "begin_stage comes first"
         saved, present = json.loads((path / "learner.json").read_text()), self._layout()
         for key, value in present.items():
-            if saved[key] != value:
+            if saved.get(key) != value:
                 raise ValueError(
-                    f"{path} was saved with {key} = {saved[key]} and this learner has {key} = {value}: optimizer state"
-                    f" is sharded that way, so resume with {key} = {saved[key]}"
+                    f"{path} was saved with {key} = {saved.get(key)} and this learner has {key} = {value}: optimizer state"
+                    f" is laid out that way, so resume with {key} = {saved.get(key)}"
                 )
         for engine, tag in ((self._engine, TAG), (self._critic, CRITIC_TAG)):
             if engine is None:
                 continue
+            strict = self._adapter is None or tag == CRITIC_TAG  # an adapter's frozen weights are not in it
             with redirect_stdout(StringIO()):  # BF16_Optimizer prints a debugging line
-                loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_lr_scheduler_states=False)
+                loaded, _ = engine.load_checkpoint(
+                    str(path), tag=tag, load_module_strict=strict, load_lr_scheduler_states=False
+                )
             if loaded is None:
                 raise RuntimeError(f"{path / tag} holds no DeepSpeed checkpoint: resume from an earlier checkpoint")
         # The checkpoint's optimizer settings came with its state: this stage's own prevail.
         self._apply(spec)
         self._apply_critic(spec)
-        if spec.objective.needs_reference:
+        if self._adapter is not None:
+            self._adapter.load_base(path)
+        elif spec.objective.needs_reference:
             self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
         _set_rng_state(torch.load(path / f"rng-{self._rank}.pt", weights_only=True))
 
@@ -241,11 +260,11 @@ class DeepSpeedLearner:
         self._engine.destroy()
 
     def _initialize(self, model: nn.Module) -> Any:
-        num_elements = sum(p.numel() for p in model.parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
         return deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=0.0),
-            config=_config(self._dtype, self._zero_stage, num_elements),
+            optimizer=torch.optim.AdamW(trained, lr=0.0),
+            config=_config(self._dtype, self._zero_stage, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )[0]
 
@@ -276,7 +295,8 @@ class DeepSpeedLearner:
 
     def _apply(self, spec: StageSpec) -> None:
         torch.set_num_threads(spec.num_threads)
-        self._spec, self._reference = spec, None
+        without_adapter = self._adapter is not None and spec.objective.needs_reference
+        self._spec, self._reference = spec, self._score_without_adapter if without_adapter else None
         apply_optimizer_spec(self._engine.optimizer, spec)
         self._engine.optimizer.clip_grad = spec.optimizer.max_grad_norm
 
@@ -288,8 +308,12 @@ class DeepSpeedLearner:
         """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
         token_ids_BT = self._on_device(NO_ROLLOUT)
         mask_BT = torch.zeros_like(token_ids_BT, dtype=torch.bool)
+        inputs = (token_ids_BT, mask_BT, 1.0)
         # In the order of a micro-batch with rollouts: another rank may have one.
-        logprobs_BT, _ = self._engine(token_ids_BT, mask_BT, 1.0)
+        if self._reference is not None:
+            with torch.no_grad():  # without an adapter, ZeRO-3 gathers the policy's own weights for it, on every rank
+                self._reference(*inputs)
+        logprobs_BT, _ = self._engine(*inputs)
         if self._critic is not None:
             values_BT, _ = self._critic(token_ids_BT, mask_BT, torch.ones_like(token_ids_BT[:, 0]))
             self._critic.backward(values_BT.sum())
@@ -316,12 +340,20 @@ class DeepSpeedLearner:
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, whole weight) one at a time; with ZeRO-3 only until the next one."""
-        for name, parameter in self._scorer.policy.named_parameters():
-            if self._zero_stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.detach().clone()
-            else:
-                yield name, parameter.detach()
+        for weight in checkpoint_weights(self._scorer.policy):
+            with self._whole(weight.parameters, False):
+                yield weight.name, weight.value().clone() if self._zero_stage == 3 else weight.value()
+
+    def _whole(self, parameters: Sequence[nn.Parameter], written: bool) -> AbstractContextManager[None]:
+        """While it holds, every rank has these parameters whole; what it has `written` to them stays, with rank 0's."""
+        if self._zero_stage != 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if written else None)
+
+    def _score_without_adapter(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        assert self._adapter is not None
+        with self._adapter.off():
+            return self._engine(*inputs)
 
     def _frozen_copy(self, tensors: Mapping[str, Tensor]) -> Scorer:
         return Scorer(self._copy(tensors)).requires_grad_(False).to(self._engine.device)
@@ -337,7 +369,12 @@ class DeepSpeedLearner:
         return tensor.to(self._engine.device)
 
     def _layout(self) -> dict[str, Any]:
-        return {"world_size": self._world_size, "zero_stage": self._zero_stage, "dtype": str(self._dtype)}
+        return {
+            "world_size": self._world_size,
+            "zero_stage": self._zero_stage,
+            "dtype": str(self._dtype),
+            "lora": None if self._adapter is None else str(self._adapter.spec),
+        }
 
 
 def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:

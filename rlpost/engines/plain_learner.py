@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlpost.core.batching import collate
@@ -14,6 +15,8 @@ from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
+from rlpost.engines.pretrained import PeftAdapter
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
@@ -26,12 +29,17 @@ class PlainLearner:
     of `accumulate`.
     """
 
-    def __init__(self, model_path: Path, *, serve_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model_path: Path, *, serve_dtype: torch.dtype = torch.float32, lora: LoraSpec | None = None
+    ) -> None:
         self._model_path, self._serve_dtype = model_path, serve_dtype
-        self._scorer = Scorer(load_policy(model_path, torch.float32)).train()
-        self._optimizer = torch.optim.AdamW(self._scorer.parameters(), lr=0.0)
+        policy = load_policy(model_path, torch.float32)
+        self._adapter = None if lora is None else Adapter(policy, lora)
+        self._scorer = Scorer(policy).train()
+        self._trained = [p for p in self._scorer.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=0.0)
         self._spec: StageSpec | None = None
-        self._reference: Scorer | None = None
+        self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._critic: ValueModel | None = None
         self._critic_optimizer: torch.optim.Optimizer | None = None
         self._tallies: list[Tally] = []
@@ -40,11 +48,13 @@ class PlainLearner:
         self._apply(spec)
         self._optimizer.state.clear()
         self._optimizer.zero_grad()
-        if spec.objective.needs_reference:
-            self._reference = self._frozen_copy(self._scorer.policy.state_dict())
+        if self._adapter is not None:
+            self._adapter.renew(spec.adapter_seed)
+        elif spec.objective.needs_reference:
+            self._reference = self._frozen_copy(self._values())
         self._critic, self._critic_optimizer = None, None
         if critic_of(spec.objective) is not None:
-            self._critic = ValueModel(self._copy(self._scorer.policy.state_dict())).train()
+            self._critic = ValueModel(self._copy(self._values())).train()
             self._critic_optimizer = torch.optim.AdamW(self._critic.parameters(), lr=0.0)
             apply_optimizer_spec(self._critic_optimizer, spec)
 
@@ -87,8 +97,8 @@ class PlainLearner:
             RuntimeError: when a gradient, the policy's or its critic's, is not finite; the weights it was for are then unchanged.
         """
         assert self._spec is not None, "begin_stage comes first"
-        norm = self._divide_and_clip(self._scorer, denominator)
-        critic_norm = None if self._critic is None else self._divide_and_clip(self._critic, denominator)
+        norm = self._divide_and_clip(self._trained, denominator)
+        critic_norm = None if self._critic is None else self._divide_and_clip(self._critic.parameters(), denominator)
         check_finite(norm, critic_norm)
         _update(self._optimizer, lr)
         if self._critic_optimizer is not None and (critic := critic_of(self._spec.objective)):
@@ -97,26 +107,29 @@ class PlainLearner:
         self._tallies = []
         return report
 
-    def _divide_and_clip(self, model: torch.nn.Module, denominator: float) -> float:
+    def _divide_and_clip(self, trained: Iterable[nn.Parameter], denominator: float) -> float:
         """Turn the accumulated gradient into the step's; returns its norm before clipping."""
         assert self._spec is not None, "begin_stage comes first"
-        parameters = list(model.parameters())
+        parameters = list(trained)
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad /= denominator
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
+        return float(nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
 
     def weights(self) -> Mapping[str, Tensor]:
-        named = self._scorer.policy.named_parameters()
-        return {name: p.detach().to(self._serve_dtype, copy=True) for name, p in named}
+        return {name: value.to(self._serve_dtype, copy=True) for name, value in self._values().items()}
+
+    def adapter(self) -> PeftAdapter | None:
+        return None if self._adapter is None else self._adapter.export()
 
     def save(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         state = {
             "policy": self._scorer.policy.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "reference": None if self._reference is None else self._reference.policy.state_dict(),
+            "reference": self._reference.policy.state_dict() if isinstance(self._reference, Scorer) else None,
+            "lora": self._lora(),
             "rng": torch.get_rng_state(),
         }
         if self._critic is not None and self._critic_optimizer is not None:
@@ -127,6 +140,11 @@ class PlainLearner:
         spec = self._spec
         assert spec is not None, "begin_stage comes first"
         state = torch.load(path / "plain-learner.pt", weights_only=True)
+        if state["lora"] != self._lora():
+            raise ValueError(
+                f"{path} was saved with lora = {state['lora']} and this learner has lora = {self._lora()}: resume with"
+                f" lora = {state['lora']}"
+            )
         self._scorer.policy.load_state_dict(state["policy"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._apply(spec)
@@ -141,15 +159,30 @@ class PlainLearner:
 
     def _apply(self, spec: StageSpec) -> None:
         torch.set_num_threads(spec.num_threads)
-        self._spec, self._reference, self._tallies = spec, None, []
+        without_adapter = self._adapter is not None and spec.objective.needs_reference
+        self._reference = self._score_without_adapter if without_adapter else None
+        self._spec, self._tallies = spec, []
         apply_optimizer_spec(self._optimizer, spec)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {weight.name: weight.value() for weight in checkpoint_weights(self._scorer.policy)}
+
+    def _lora(self) -> str | None:
+        return None if self._adapter is None else str(self._adapter.spec)
+
+    def _score_without_adapter(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        assert self._adapter is not None
+        with self._adapter.off():
+            return self._scorer(*inputs)
 
     def _frozen_copy(self, state: Mapping[str, Tensor]) -> Scorer:
         return Scorer(self._copy(state)).requires_grad_(False)
 
     def _copy(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         copy = load_policy(self._model_path, torch.float32)
-        copy.load_state_dict(state)
+        with torch.no_grad():
+            for name, parameter in copy.named_parameters():
+                parameter.copy_(state[name])
         return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+ADAPTER_DIRECTORY = "adapter"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftAdapter:
+    """A LoRA adapter as peft stores one.
+
+    Example:
+        PeftAdapter(config={"peft_type": "LORA", "r": 8, ...}, tensors={"base_model.model...q_proj.lora_A.weight": ...})
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 def check_model_directory(path: Path) -> None:
@@ -65,10 +79,13 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from error
 
 
-def save_pretrained(tensors: Mapping[str, Tensor], source: Path, path: Path) -> None:
+def save_pretrained(
+    tensors: Mapping[str, Tensor], source: Path, path: Path, adapter: PeftAdapter | None = None
+) -> None:
     """Write `tensors` as a model directory at `path`, everything else (config, tokenizer) as in `source`.
 
-    Written beside and renamed, so that `path` is never half there.
+    `adapter`, which `tensors` contain already, goes into a folder of its own for peft. All is written beside and renamed, so
+    that `path` is never half there.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -82,5 +99,9 @@ def save_pretrained(tensors: Mapping[str, Tensor], source: Path, path: Path) -> 
     if len(dtypes) == 1:
         config["dtype"] = dtypes.pop()
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if adapter is not None:
+        (partial / ADAPTER_DIRECTORY).mkdir()
+        (partial / ADAPTER_DIRECTORY / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n")
+        write_tensors(adapter.tensors, partial / ADAPTER_DIRECTORY / "adapter_model.safetensors")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)

@@ -93,7 +93,7 @@ class LocalLearner:
         self._service.load(path)
 
     async def save_pretrained(self, path: Path) -> None:
-        save_pretrained(self._engine.weights(), self._model_path, path)
+        save_pretrained(self._engine.weights(), self._model_path, path, self._engine.adapter())
 
     async def seconds(self) -> Seconds:
         return self._service.seconds()

@@ -117,6 +117,7 @@ class _LearnerProcess:
         enter_worker(log_path)
         yield_to_samplers()
         from rlpost.engines.deepspeed_learner import DeepSpeedLearner, init_distributed
+        from rlpost.engines.lora import LoraSpec
         from rlpost.workers.learner_service import LearnerService
 
         init_distributed(rank=rank, world_size=config.ranks, master_addr=master[0], master_port=master[1])
@@ -131,6 +132,7 @@ class _LearnerProcess:
             rank=rank,
             world_size=config.ranks,
             gradient_checkpointing=config.gradient_checkpointing,
+            lora=None if config.lora is None else LoraSpec(**config.lora.model_dump()),
         )
         self._service = LearnerService(self._engine)
 
@@ -165,9 +167,9 @@ class _LearnerProcess:
     def save_pretrained(self, path: Path) -> None:
         from rlpost.engines.pretrained import save_pretrained
 
-        weights = self._engine.weights()
+        weights, adapter = self._engine.weights(), self._engine.adapter()
         if self._rank == 0:
-            save_pretrained(weights, self._model_path, path)
+            save_pretrained(weights, self._model_path, path, adapter)
 
     def seconds(self) -> Seconds:
         return self._service.seconds()

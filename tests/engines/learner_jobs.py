@@ -19,6 +19,7 @@ from rlpost.core.metrics import StepReport
 from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
 from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine
+from rlpost.engines.lora import LoraSpec, checkpoint_weights
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
 
@@ -39,13 +40,23 @@ class Kind:
 
     zero_stage: int | None
     dtype: torch.dtype
+    lora: LoraSpec | None = None
+
+    @property
+    def plain(self) -> Kind:
+        return Kind(None, torch.float32, self.lora)
 
     def __str__(self) -> str:
-        return "plain" if self.zero_stage is None else f"zero{self.zero_stage}-{str(self.dtype)[6:]}"
+        name = "plain" if self.zero_stage is None else f"zero{self.zero_stage}-{str(self.dtype)[6:]}"
+        return name if self.lora is None else f"{name}-lora"
 
 
 PLAIN = Kind(None, torch.float32)
-DEEPSPEED = [Kind(stage, dtype) for dtype in (torch.float32, torch.bfloat16) for stage in (1, 2, 3)]
+FULL = [Kind(stage, dtype) for dtype in (torch.float32, torch.bfloat16) for stage in (1, 2, 3)]
+LORA = LoraSpec(rank=4, alpha=8.0)
+PLAIN_LORA = replace(PLAIN, lora=LORA)
+DEEPSPEED_LORA = [replace(kind, lora=LORA) for kind in FULL[:3] + FULL[4:5]]
+DEEPSPEED = [*FULL, *DEEPSPEED_LORA]
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Job:
     save: Path | None = None
     save_after: int = 2
     """Steps."""
+    stages_before: int = 0
+    """Stages of one step each, before the one that is watched."""
 
 
 @dataclass
@@ -134,7 +147,7 @@ def dense_logprobs(policy: Any, token_ids: Tensor) -> Tensor:
 
 def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
     if job.kind.zero_stage is None:
-        return PlainLearner(job.model_path)
+        return PlainLearner(job.model_path, lora=job.kind.lora)
     from rlpost.engines.deepspeed_learner import DeepSpeedLearner
 
     return DeepSpeedLearner(
@@ -146,16 +159,32 @@ def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
         rank=rank,
         world_size=world_size,
         gradient_checkpointing=job.gradient_checkpointing,
+        lora=job.kind.lora,
     )
 
 
 def masters(learner: Any) -> dict[str, Tensor]:
     """The float32 weights the optimizer updates (collective)."""
+    trained = {name: p for name, p in learner._scorer.policy.named_parameters() if p.requires_grad}
     if isinstance(learner, PlainLearner):
-        return dict(learner.weights())
+        return {name: p.detach().clone() for name, p in trained.items()}
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._scorer.policy.named_parameters()}
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in trained.items()}
+
+
+@torch.no_grad()
+def stir(learner: Any) -> None:
+    """Give a fresh adapter a B: while it is 0, A has no gradient and nothing could be seen of it. B is small, so that no
+    token crosses a clip, and holds bfloat16 numbers, so that all dtypes start alike (collective)."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in checkpoint_weights(learner._scorer.policy):
+        if weight.adapter is not None:
+            with learner._adapter._whole(weight.adapter, True):
+                B_MR = weight.adapter[1]
+                B_MR.copy_((torch.randn(B_MR.shape, generator=generator) / 50).bfloat16())
+    if not isinstance(learner, PlainLearner):
+        learner._engine.optimizer.refresh_fp32_params()
 
 
 def critic_masters(learner: Any) -> dict[str, Tensor]:
@@ -183,9 +212,14 @@ def train(learner: LearnerEngine, job: Job) -> StepReport:
 
 def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     learner = make_learner(job, rank=rank, world_size=world_size)
+    for _ in range(job.stages_before):
+        learner.begin_stage(job.spec)
+        train(learner, replace(job, lr=0.01))
     learner.begin_stage(job.spec)
     if job.load is not None:
         learner.load(job.load)
+    elif job.kind.lora is not None:
+        stir(learner)
     before, critic_before = masters(learner), critic_masters(learner)
     reports, saved, critic_saved = [], {}, {}
     for step in range(job.num_steps):
