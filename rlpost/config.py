@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
@@ -139,13 +139,43 @@ class SamplerConfig(Table):
     """Key-value cache; None: 64 on the CPU, what the device has left on a GPU."""
 
 
-class OptimizerConfig(Table):
-    """AdamW; master weights are float32."""
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+
+class Optimizer(Table):
+    """What every optimizer is asked; master weights are float32."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled: lr x weight_decay of a weight goes in each step, whatever its gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class AdamW(Optimizer):
+    name: Literal["adamw"]
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class Lion(Optimizer):
+    """Moves every weight with a gradient by lr in every step: its lr is 3 to 10 times below AdamW's."""
+
+    name: Literal["lion"]
+    betas: tuple[Share, Share] = (0.9, 0.99)
+
+
+class SGD(Optimizer):
+    """Its update is proportional to the gradient, so its lr is far above AdamW's."""
+
+    name: Literal["sgd"]
+    momentum: Share = 0.9
+
+
+def _adamw_unless_named(value: object) -> object:
+    return {"name": "adamw", **value} if isinstance(value, dict) else value
+
+
+OptimizerConfig = Annotated[AdamW | Lion | SGD, Field(discriminator="name"), BeforeValidator(_adamw_unless_named)]
+"""A table without a name is AdamW's."""
 
 
 class LoraConfig(Table):
@@ -190,7 +220,7 @@ class LearnerConfig(Table):
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """None: all weights are trained."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamW(name="adamw")
 
 
 class MathVerifierConfig(Table):
@@ -450,6 +480,42 @@ class RewardConfig(Table):
     repetition: RepetitionConfig | None = None
 
 
+class UpdatedEntries(Table):
+    """Entries that an earlier run had changed when it went from one model directory to the other."""
+
+    select: Literal["update"]
+    before: str
+    after: str
+    control: Literal["random", "complement"] | None = None
+    """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
+    seed: int = 0
+    """Of the control."""
+
+
+class PrincipalEntries(Table):
+    """Of each linear layer but the output layer: the largest entries of its approximation of rank `rank` (LIFT)."""
+
+    select: Literal["principal"]
+    rank: Positive
+    density: Annotated[float, Field(gt=0, le=1)]
+    """Share of the layer's entries."""
+    control: Literal["random", "complement"] | None = None
+    """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
+    seed: int = 0
+    """Of the control."""
+
+
+class RandomEntries(Table):
+    """The same share of every weight."""
+
+    select: Literal["random"]
+    density: Annotated[float, Field(gt=0, le=1)]
+    seed: int = 0
+
+
+SubnetworkConfig = Annotated[UpdatedEntries | PrincipalEntries | RandomEntries, Field(discriminator="select")]
+
+
 class StageConfig(Table):
     name: str
     data: str
@@ -464,6 +530,8 @@ class StageConfig(Table):
     """After the warm-up; linear and cosine fall to zero at the end of the stage."""
     reward: RewardConfig | None = None
     """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
+    subnetwork: SubnetworkConfig | None = None
+    """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
 
     @model_validator(mode="after")
     def _reward_fits(self) -> StageConfig:

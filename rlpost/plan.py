@@ -18,8 +18,8 @@ from rlpost.config import PPO, DataConfig, GeneratedData, Recipe, RecipeError, S
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-MASTER_AND_MOMENTS_BYTES = 12
-"""float32 master weight and AdamW's two moments, per parameter."""
+MASTER_AND_MOMENTS_BYTES = {"adamw": 12, "lion": 8, "sgd": 8}
+"""float32 master weight and the optimizer's moments, per parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,12 +216,13 @@ def learner_memory(recipe: Recipe, parameters: int | None, trained: int | None) 
     shard = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     if trained is None:
         return f"{_size(parameters * width / shard[2])} weights + adapters + activations"
-    optimizer = trained * MASTER_AND_MOMENTS_BYTES / shard[0]
+    masters = MASTER_AND_MOMENTS_BYTES[learner.optimizer.name]
+    optimizer = trained * masters / shard[0]
     gradients = trained * width / shard[1]
     weights = (parameters if learner.lora is None else parameters + trained) * width / shard[2]
     plan = f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
     if critics := [stage.name for stage in recipe.stage if isinstance(stage.algo, PPO)]:
-        full = parameters * (width / shard[2] + width / shard[1] + MASTER_AND_MOMENTS_BYTES / shard[0])
+        full = parameters * (width / shard[2] + width / shard[1] + masters / shard[0])
         plan += f"; in {', '.join(critics)} {_size(full)} + activations more for the critic"
     return plan
 

@@ -117,6 +117,8 @@ def _unknown_key(location: str, key: str, *tables: type[BaseModel]) -> str:
     if key in known:
         return f"{location}: {key!r} is a key of other tables and has no meaning in this one: leave it out"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if key in known:
+        return f"{location}: {key!r} is a key of other tables and has no meaning in this one: leave it out"
     return f"{location}: no such key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {known}")
 
 

@@ -24,7 +24,7 @@ from rlpost.pipeline.deadlines import within
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.plan import max_model_len
-from rlpost.run_directory import claim, model_directory, open_run_directory
+from rlpost.run_directory import check_subnetworks, claim, model_directory, open_run_directory
 from rlpost.stages import RunPlan, prepare
 from rlpost.summary import summarize_run
 from rlpost.tracking import RunTracker, WandbOptions
@@ -51,6 +51,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         if not isinstance(data, GeneratedData):
             local_file(data)
     model_path = model_directory(recipe, run_dir, resume=resume)
+    check_subnetworks(recipe, model_path)
     preparing = _in_background(lambda: prepare(recipe, model_path, checkpoint))
     from rlpost.workers.cluster import ray_cluster
     from rlpost.workers.ray_workers import RayWorkers

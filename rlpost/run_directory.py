@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from rlpost.checkpoint import Checkpoint, latest_checkpoint
-from rlpost.config import Recipe, RecipeError
-from rlpost.engines.pretrained import check_model_directory
+from rlpost.config import Recipe, RecipeError, UpdatedEntries
+from rlpost.engines.pretrained import StoredTensors, check_model_directory
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.tracking import run_ended
 
@@ -118,6 +118,19 @@ def model_directory(recipe: Recipe, run_dir: Path, *, resume: bool) -> Path:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     return path.resolve()
+
+
+def check_subnetworks(recipe: Recipe, model_path: Path) -> None:
+    """Raises RecipeError unless every directory that a stage's subnetwork is read from is of the model in `model_path`."""
+    for stage in recipe.stage:
+        if not isinstance(stage.subnetwork, UpdatedEntries):
+            continue
+        for key in ("before", "after"):
+            path = Path(getattr(stage.subnetwork, key))
+            try:
+                StoredTensors(path).check_same_model(StoredTensors(model_path))
+            except (ValueError, OSError, SafetensorError) as error:
+                raise RecipeError(f"stage {stage.name!r}: subnetwork.{key}: {error}") from error
 
 
 def _commit() -> str | None:

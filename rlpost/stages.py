@@ -24,8 +24,10 @@ from rlpost.config import (
     StageConfig,
 )
 from rlpost.core.critic import Critic
-from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervised
+from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
+from rlpost.core.subnetwork import SUBNETWORKS
 from rlpost.data.pairs import load_pairs
 from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
 from rlpost.pipeline.buffer import StagePlan
@@ -120,7 +122,7 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[st
 
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
-    algo, learner = config.algo, recipe.learner
+    algo, learner, optimizer, subnetwork = config.algo, recipe.learner, recipe.learner.optimizer, config.subnetwork
     sampled = isinstance(algo, Sampled)
     if isinstance(algo, SFT) and any(prompt.demonstration_ids is None for prompt in prompts):
         raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
@@ -136,10 +138,11 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
         spec=StageSpec(
             objective=objective_of(algo),
-            optimizer=OptimizerSpec(**learner.optimizer.model_dump()),
+            optimizer=OPTIMIZERS[optimizer.name](**optimizer.model_dump(exclude={"name"})),
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
             adapter_seed=derive_seed(recipe.seed, "adapter", config.name),
+            subnetwork=subnetwork and SUBNETWORKS[subnetwork.select](**subnetwork.model_dump(exclude={"select"})),
         ),
         group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlpost.config import GRPO, SFT, Recipe, RecipeError
+from rlpost.config import GRPO, SFT, SGD, AdamW, Recipe, RecipeError
 from rlpost.plan import (
     Resources,
     check_resources,
@@ -106,6 +106,14 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("learner.lora={rank=4, alfa=8}", r"learner.lora.alfa: no such key; did you mean 'alpha'"),
         ("learner.lora={rank=0, alpha=8}", r"learner.lora.rank.*greater than 0"),
         ("learner.lora={rank=4, alpha=8, targets=[]}", r"learner.lora.targets"),
+        ("learner.optimizer={name='lion', eps=1e-8}", r"learner.optimizer.lion.eps: 'eps' .* has no meaning in this"),
+        ("learner.optimizer={momentum=0.9}", r"learner.optimizer.adamw.momentum: 'momentum' .* has no meaning"),
+        ("learner.optimizer={name='adam'}", r"learner.optimizer: .*'adamw', 'lion', 'sgd'"),
+        ("learner.optimizer.betas=[0.9, 1.0]", r"learner.optimizer.adamw.betas.1: .*less than 1"),
+        ("stage.rl.subnetwork={select='random', density=0}", r"subnetwork.random.density: .*greater than 0"),
+        ("stage.rl.subnetwork={select='random', density=0.1, rank=3}", r"'rank' .* has no meaning in this"),
+        ("stage.rl.subnetwork={select='update', before='a'}", r"subnetwork.update.after: this key is required"),
+        ("stage.rl.subnetwork={select='lowest'}", r"'update', 'principal', 'random'"),
         ("justaword", r"not of the form key.path=value"),
         ("model.build.hidden_size=64", r"either path|required"),
     ],
@@ -123,6 +131,14 @@ def test_a_bootstrapped_response_can_have_no_reward_for_its_length() -> None:
             RecipeError, match=r'truncated = "bootstrap" puts a value.*use truncated = "train", or remove'
         ):
             build_recipe(TREE, [algo % "bootstrap", reward])
+
+
+def test_an_optimizer_without_a_name_is_adamw_and_each_has_its_own_defaults() -> None:
+    assert build_recipe(TREE).learner.optimizer == AdamW(name="adamw", betas=(0.9, 0.999), eps=1e-8)
+    assert build_recipe(TREE, ["learner.optimizer.betas=[0.9, 0.98]"]).learner.optimizer.betas == (0.9, 0.98)  # type: ignore[union-attr]
+    assert build_recipe(TREE, ["learner.optimizer.name=lion"]).learner.optimizer.betas == (0.9, 0.99)  # type: ignore[union-attr]
+    sgd = build_recipe(TREE, ["learner.optimizer={name='sgd', weight_decay=0.1}"]).learner.optimizer
+    assert sgd == SGD(name="sgd", momentum=0.9, weight_decay=0.1, max_grad_norm=1.0)
 
 
 def test_batch_arithmetic_suggests_settings_that_work() -> None:

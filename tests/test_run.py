@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from rlpost import cli, run, run_directory
-from rlpost.config import Recipe, RecipeError
+from rlpost.config import Recipe, RecipeError, UpdatedEntries
 from rlpost.pipeline.buffer import Position
 from rlpost.recipe import build_recipe
 from rlpost.tracking import RunTracker, WandbOptions
@@ -84,6 +84,24 @@ def test_a_model_left_by_an_attempt_with_other_sizes_is_not_used(tmp_path: Path)
     unfit = recipe(tmp_path, model={"build": {"hidden_size": 65, "num_layers": 1, "num_heads": 1}})
     with pytest.raises(RecipeError, match=r"model.build: hidden_size = 65 .* use hidden_size = 32 or 64"):
         run_directory.model_directory(unfit, tmp_path, resume=False)
+
+
+def test_a_subnetwork_read_from_another_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    model = run_directory.model_directory(given, tmp_path / "a", resume=False)
+    wider = recipe(tmp_path, model={"build": {"hidden_size": 128, "num_layers": 1, "num_heads": 1}})
+    other = run_directory.model_directory(wider, tmp_path / "b", resume=False)
+
+    def check(after: Path) -> None:
+        subnetwork = UpdatedEntries(select="update", before=str(model), after=str(after))
+        stage = given.stage[0].model_copy(update={"subnetwork": subnetwork})
+        run_directory.check_subnetworks(given.model_copy(update={"stage": (stage,)}), model)
+
+    check(model)
+    with pytest.raises(RecipeError, match=r"subnetwork.after: .* is of shape .* in .*b/model, and of .* in the policy"):
+        check(other)
+    with pytest.raises(RecipeError, match=r"subnetwork.after: .*nowhere holds no weights of the model in"):
+        check(tmp_path / "nowhere")
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------

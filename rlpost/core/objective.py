@@ -26,7 +26,9 @@ from rlpost.core.losses import (
     weighted_sum,
 )
 from rlpost.core.metrics import Tally, tally_policy
+from rlpost.core.optimizers import OptimizerSpec
 from rlpost.core.preference import Preference, best_against_worst, pairs_of, preference_loss
+from rlpost.core.subnetwork import Subnetwork
 from rlpost.types import GroupSummary, Rollout, TrainingBatch
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -100,16 +102,6 @@ def critic_of(objective: Objective) -> Critic | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSpec:
-    """AdamW with float32 master weights."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpec:
     """What the learner needs to know of a stage."""
 
@@ -121,6 +113,8 @@ class StageSpec:
     """CPU threads of this stage: supervised stages may take the cores that samplers leave idle."""
     adapter_seed: int = 0
     """Of the stage's fresh LoRA adapter, where there is one."""
+    subnetwork: Subnetwork | None = None
+    """The entries it may change; None: all."""
 
 
 def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:

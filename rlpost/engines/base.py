@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.subnetwork import Coverage
 from rlpost.engines.pretrained import PeftAdapter
 from rlpost.types import Rollout, WeightUpdate
 
@@ -65,12 +66,18 @@ class SamplerEngine(Protocol):
 class LearnerEngine(Protocol):
     """One rank's share of the policy being trained."""
 
-    def begin_stage(self, spec: StageSpec) -> None:
+    def begin_stage(self, spec: StageSpec) -> Coverage:
         """Fresh optimizer state; copies of the present policy as the reference and as the critic's beginning, if the
-        objective needs them. Those of the last stage end here.
+        objective needs them. Those of the last stage end here (collective).
 
         Under LoRA the adapter is merged first and a fresh one begun: the present policy is the new base, and with its
         adapter off the reference.
+
+        Returns:
+            What the stage may change, where that is a subnetwork; empty when it is everything.
+
+        Raises:
+            ValueError: when the subnetwork has no entry, or its model directories are not of this policy.
         """
         ...
 

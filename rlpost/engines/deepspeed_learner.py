@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 # Without it DeepSpeed probes for every accelerator it knows, and warns that it found none.
@@ -24,15 +25,20 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
 from rlpost.core.batching import collate, plan_micro_batches
 from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
+from rlpost.core.optimizers import AdamW, OptimizerSpec
+from rlpost.core.subnetwork import Coverage, Subnetwork, coverage
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
-from rlpost.engines.plain_learner import apply_optimizer_spec, check_finite
+from rlpost.engines.optimizers import Decay, apply_settings, make_optimizer
+from rlpost.engines.plain_learner import check_finite
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
+from rlpost.engines.subnetwork import Masks, check_trains_something, hold_gradients
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
@@ -95,6 +101,7 @@ class DeepSpeedLearner:
         world_size: int,
         gradient_checkpointing: bool = False,
         lora: LoraSpec | None = None,
+        optimizer: type[OptimizerSpec] = AdamW,
     ) -> None:
         if zero_stage not in (1, 2, 3):
             # Stage 0 in bfloat16 starts Adam's step counter at 1: its first update is 0.74 of what it should be.
@@ -110,15 +117,18 @@ class DeepSpeedLearner:
         self._scorer = Scorer(self._checkpointing(policy)).train()
         if self._adapter is not None:
             self._scorer.register_state_dict_post_hook(keep_trained)
-        self._engine: Any = self._initialize(self._scorer)
+        self._optimizer_kind = optimizer
+        self._engine, self._decay = self._initialize(self._scorer)
         self._spec: StageSpec | None = None
         self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._critic: Any = None
         """An engine of its own, of a `ValueModel`, while the stage's objective has a critic."""
         self._tallies: list[Tally] = []
+        self._masks: Mapping[str, Tensor] = {}
+        self._held: Sequence[RemovableHandle] = ()
         self._num_backwards = 0
 
-    def begin_stage(self, spec: StageSpec) -> None:
+    def begin_stage(self, spec: StageSpec) -> Coverage:
         self._apply(spec)
         # In place: DeepSpeed keeps views into these tensors.
         for state in self._engine.optimizer.state.values():
@@ -130,6 +140,7 @@ class DeepSpeedLearner:
         elif spec.objective.needs_reference:
             self._reference = self._frozen_copy({name: p.cpu() for name, p in self._gathered()})
         self._begin_critic(spec)
+        return self._train_only({} if spec.subnetwork is None else self._masks_of(spec.subnetwork))
 
     def accumulate(
         self,
@@ -218,6 +229,8 @@ class DeepSpeedLearner:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
             if isinstance(self._reference, Scorer):
                 write_tensors(dict(self._reference.policy.named_parameters()), path / "reference.safetensors")
+            if self._masks:
+                write_tensors(self._masks, path / "subnetwork.safetensors")
         dist.barrier()
 
     def load(self, path: Path) -> None:
@@ -252,6 +265,9 @@ class DeepSpeedLearner:
             self._adapter.load_base(path)
         elif spec.objective.needs_reference:
             self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
+        if spec.subnetwork is not None:  # chosen by the weights at the start of the stage, which are gone
+            masks = load_file(path / "subnetwork.safetensors")
+            self._train_only({name: self._on_device(mask) for name, mask in masks.items()})
         _set_rng_state(torch.load(path / f"rng-{self._rank}.pt", weights_only=True))
 
     def close(self) -> None:
@@ -259,14 +275,16 @@ class DeepSpeedLearner:
         self._end_critic()
         self._engine.destroy()
 
-    def _initialize(self, model: nn.Module) -> Any:
+    def _initialize(self, model: nn.Module) -> tuple[Any, Decay]:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return deepspeed.initialize(
+        optimizer, decay = make_optimizer(trained, self._optimizer_kind)
+        engine = deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.AdamW(trained, lr=0.0),
+            optimizer=optimizer,
             config=_config(self._dtype, self._zero_stage, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )[0]
+        return engine, decay
 
     def _checkpointing(self, policy: PreTrainedModel) -> PreTrainedModel:
         if self._gradient_checkpointing:
@@ -278,7 +296,7 @@ class DeepSpeedLearner:
         self._end_critic()
         if critic_of(spec.objective) is not None:
             policy = self._checkpointing(self._copy({name: p.cpu() for name, p in self._gathered()}))
-            self._critic = self._initialize(ValueModel(policy).train())
+            self._critic, self._critic_decay = self._initialize(ValueModel(policy).train())
             self._apply_critic(spec)
 
     def _end_critic(self) -> None:
@@ -288,16 +306,17 @@ class DeepSpeedLearner:
 
     def _apply_critic(self, spec: StageSpec) -> None:
         if critic := critic_of(spec.objective):
-            apply_optimizer_spec(self._critic.optimizer, spec)
+            apply_settings(spec.optimizer, self._critic.optimizer, self._critic_decay)
             self._critic.optimizer.clip_grad = spec.optimizer.max_grad_norm
             for group in self._critic.optimizer.param_groups:
                 group["lr"] = critic.lr
 
     def _apply(self, spec: StageSpec) -> None:
+        assert type(spec.optimizer) is self._optimizer_kind, "one kind of optimizer per learner"
         torch.set_num_threads(spec.num_threads)
         without_adapter = self._adapter is not None and spec.objective.needs_reference
         self._spec, self._reference = spec, self._score_without_adapter if without_adapter else None
-        apply_optimizer_spec(self._engine.optimizer, spec)
+        apply_settings(spec.optimizer, self._engine.optimizer, self._decay)
         self._engine.optimizer.clip_grad = spec.optimizer.max_grad_norm
 
     def _backward(self, loss: Tensor) -> None:
@@ -337,6 +356,52 @@ class DeepSpeedLearner:
             yield
         finally:
             optimizer.loss_scale = 1.0
+
+    def _masks_of(self, subnetwork: Subnetwork) -> dict[str, Tensor]:
+        """The mask of each whole weight. The first rank makes them for all: two machines may round an SVD differently."""
+        made = None if self._rank else Masks(subnetwork, self._scorer.policy, serve_dtype=self._serve_dtype)
+        masks = {}
+        for name, weight in self._gathered():
+            mask = torch.empty_like(weight, dtype=torch.bool) if made is None else made.mask_of(name, weight)
+            dist.broadcast(mask.view(torch.uint8), src=0)
+            masks[name] = mask
+        check_trains_something(masks, subnetwork)
+        return masks
+
+    def _train_only(self, masks: Mapping[str, Tensor]) -> Coverage:
+        for handle in self._held:
+            handle.remove()
+        self._masks, self._held = masks, hold_gradients(dict(self._scorer.policy.named_parameters()), masks)
+        self._decay.masks = self._partitioned(masks) if masks else {}
+        return coverage(masks)
+
+    @torch.no_grad()
+    def _partitioned(self, masks: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
+        """The masks as DeepSpeed lays out this rank's master weights: flat, cut anywhere, padded.
+
+        They go the way of the masters, which come back afterwards: how it lays them out stays DeepSpeed's own affair.
+        """
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 3:
+            partitions = list(optimizer.fp32_partitioned_groups_flat)
+        else:
+            partitions = [partition for group in optimizer.param_groups for partition in group["params"]]
+        masters = [partition.clone() for partition in partitions]
+        for partition in partitions:
+            partition.zero_()
+        named: Iterator[tuple[str, Any]] = self._scorer.policy.named_parameters()
+        for name, parameter in named:
+            value = masks[name].float()
+            if self._zero_stage == 3:  # setting it whole fails where its size is no multiple of the ranks'
+                numel = parameter.ds_tensor.numel()
+                padded = torch.nn.functional.pad(value.flatten(), (0, numel * self._world_size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded[self._rank * numel :][:numel])
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        flat = {partition: partition != 0 for partition in partitions}
+        for partition, master in zip(partitions, masters, strict=True):
+            partition.copy_(master)
+        return flat
 
     def _gathered(self) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, whole weight) one at a time; with ZeRO-3 only until the next one."""
@@ -387,6 +452,8 @@ def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": 1.0,
+        # Ours are elementwise, so that they may see weights flattened and cut; tests hold them to the plain learner.
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "zero_optimization": {
             "stage": zero_stage,

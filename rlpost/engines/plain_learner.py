@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rlpost.core.batching import collate
 from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
+from rlpost.core.subnetwork import Coverage, coverage
 from rlpost.engines.forward import Scorer, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
+from rlpost.engines.optimizers import apply_settings, make_optimizer
 from rlpost.engines.pretrained import PeftAdapter
+from rlpost.engines.subnetwork import Masks, check_trains_something, hold_gradients
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
 
@@ -37,17 +41,18 @@ class PlainLearner:
         self._adapter = None if lora is None else Adapter(policy, lora)
         self._scorer = Scorer(policy).train()
         self._trained = [p for p in self._scorer.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._trained, lr=0.0)
         self._spec: StageSpec | None = None
         self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._critic: ValueModel | None = None
         self._critic_optimizer: torch.optim.Optimizer | None = None
         self._tallies: list[Tally] = []
+        self._masks: dict[str, Tensor] = {}
+        self._held: Sequence[RemovableHandle] = ()
 
-    def begin_stage(self, spec: StageSpec) -> None:
-        self._apply(spec)
-        self._optimizer.state.clear()
+    def begin_stage(self, spec: StageSpec) -> Coverage:
+        self._optimizer, self._decay = make_optimizer(self._trained, type(spec.optimizer))
         self._optimizer.zero_grad()
+        self._apply(spec)
         if self._adapter is not None:
             self._adapter.renew(spec.adapter_seed)
         elif spec.objective.needs_reference:
@@ -55,8 +60,14 @@ class PlainLearner:
         self._critic, self._critic_optimizer = None, None
         if critic_of(spec.objective) is not None:
             self._critic = ValueModel(self._copy(self._values())).train()
-            self._critic_optimizer = torch.optim.AdamW(self._critic.parameters(), lr=0.0)
-            apply_optimizer_spec(self._critic_optimizer, spec)
+            self._critic_optimizer, self._critic_decay = make_optimizer(self._critic.parameters(), type(spec.optimizer))
+            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_decay)
+        masks: dict[str, Tensor] = {}
+        if spec.subnetwork is not None:
+            made = Masks(spec.subnetwork, self._scorer.policy, serve_dtype=self._serve_dtype)
+            masks = {name: made.mask_of(name, value) for name, value in self._values().items()}
+            check_trains_something(masks, spec.subnetwork)
+        return self._train_only(masks)
 
     def accumulate(
         self,
@@ -130,6 +141,7 @@ class PlainLearner:
             "optimizer": self._optimizer.state_dict(),
             "reference": self._reference.policy.state_dict() if isinstance(self._reference, Scorer) else None,
             "lora": self._lora(),
+            "masks": self._masks,
             "rng": torch.get_rng_state(),
         }
         if self._critic is not None and self._critic_optimizer is not None:
@@ -154,7 +166,8 @@ class PlainLearner:
             critic, critic_optimizer = state["critic"]
             self._critic.load_state_dict(critic)
             self._critic_optimizer.load_state_dict(critic_optimizer)
-            apply_optimizer_spec(self._critic_optimizer, spec)
+            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_decay)
+        self._train_only(state["masks"])
         torch.set_rng_state(state["rng"])
 
     def _apply(self, spec: StageSpec) -> None:
@@ -162,7 +175,15 @@ class PlainLearner:
         without_adapter = self._adapter is not None and spec.objective.needs_reference
         self._reference = self._score_without_adapter if without_adapter else None
         self._spec, self._tallies = spec, []
-        apply_optimizer_spec(self._optimizer, spec)
+        apply_settings(spec.optimizer, self._optimizer, self._decay)
+
+    def _train_only(self, masks: dict[str, Tensor]) -> Coverage:
+        for handle in self._held:
+            handle.remove()
+        named = dict(self._scorer.policy.named_parameters())
+        self._masks, self._held = masks, hold_gradients(named, masks)
+        self._decay.masks = {named[name]: mask for name, mask in masks.items()}
+        return coverage(masks)
 
     def _values(self) -> dict[str, Tensor]:
         return {weight.name: weight.value() for weight in checkpoint_weights(self._scorer.policy)}
@@ -191,13 +212,6 @@ def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-
-
-def apply_optimizer_spec(optimizer: torch.optim.Optimizer, spec: StageSpec) -> None:
-    for group in optimizer.param_groups:
-        group["betas"] = spec.optimizer.betas
-        group["eps"] = spec.optimizer.eps
-        group["weight_decay"] = spec.optimizer.weight_decay
 
 
 def check_finite(grad_norm: float, critic_grad_norm: float | None = None) -> None:

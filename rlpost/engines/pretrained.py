@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,6 +63,44 @@ def _check_weights(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path / name} is missing or damaged ({error}): copy or download it again") from error
+
+
+class StoredTensors:
+    """The tensors of a model directory, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, Path] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                self._files.update(dict.fromkeys(tensors.keys(), file))
+
+    def check_same_model(self, other: StoredTensors) -> None:
+        """Raises ValueError unless the two share weights, all of the same shapes."""
+        shared = self._files.keys() & other._files.keys()
+        if not shared:
+            raise ValueError(f"{self._path} holds no weights of the model in {other._path}")
+        for name in sorted(shared):
+            self._check_shape(name, other.shape(name))
+
+    def shape(self, name: str) -> torch.Size:
+        with safe_open(self._files[name], "pt") as tensors:
+            return torch.Size(tensors.get_slice(name).get_shape())
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """Raises ValueError when the directory has no such tensor of this shape."""
+        if name not in self._files:
+            raise ValueError(f"{self._path} holds no weight {name!r}: give a directory of the model that is trained")
+        self._check_shape(name, shape)
+        with safe_open(self._files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        if self.shape(name) != shape:
+            raise ValueError(
+                f"{name} is of shape {tuple(self.shape(name))} in {self._path}, and of {tuple(shape)} in the policy: give"
+                " a directory of the model that is trained"
+            )
 
 
 def _json(file: Path) -> Mapping[str, Any]:

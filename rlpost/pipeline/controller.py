@@ -31,6 +31,7 @@ from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec, credit, step_denominator
 from rlpost.core.preference import Preference
 from rlpost.core.schedule import Schedule, learning_rate
+from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
@@ -307,7 +308,12 @@ class Controller:
         await self.checkpoints.write(self.buffer.position(), self.workers.learner)
 
     async def _begin(self, stage_index: int) -> None:
-        await self._learn("begin_stage", self.workers.learner.begin_stage(self.stages[stage_index].spec))
+        stage = self.stages[stage_index]
+        coverage: Coverage = await self._learn("begin_stage", self.workers.learner.begin_stage(stage.spec))
+        if coverage:
+            trained, entries = map(sum, zip(*coverage.values(), strict=True))
+            shares = {name: trained / entries for name, (trained, entries) in coverage.items()}
+            self._event("subnetwork", stage=stage.name, density=trained / entries, density_by_weight=shares)
 
     async def _load(self) -> int | None:
         """Restore the learner in the stage it was saved in, which may have just ended; returns that stage's index."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.subnetwork import Coverage
 from rlpost.types import GroupSummary, Judgement, Prompt, RolloutGroup
 
 Handle = Any
@@ -93,7 +94,7 @@ class Learner(Protocol):
 
     name: str
 
-    async def begin_stage(self, spec: StageSpec) -> None: ...
+    async def begin_stage(self, spec: StageSpec) -> Coverage: ...
 
     async def accumulate(
         self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.subnetwork import Coverage
 from rlpost.core.weights import checksum, unchanged_fraction
 from rlpost.engines.base import LearnerEngine
 from rlpost.pipeline.ledger import Ledger
@@ -25,9 +26,9 @@ class LearnerService:
         self._ledger = Ledger(WAIT)
         self._published: Mapping[str, Tensor] | None = None
 
-    def begin_stage(self, spec: StageSpec) -> None:
+    def begin_stage(self, spec: StageSpec) -> Coverage:
         with self._ledger.state("begin_stage"):
-            self._engine.begin_stage(spec)
+            return self._engine.begin_stage(spec)
 
     def accumulate(
         self,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.subnetwork import Coverage
 from rlpost.engines.base import LearnerEngine, SamplerEngine
 from rlpost.engines.pretrained import save_pretrained
 from rlpost.pipeline.ledger import Ledger
@@ -66,8 +67,8 @@ class LocalLearner:
         self._engine, self._model_path = engine, model_path
         self._service = LearnerService(engine)
 
-    async def begin_stage(self, spec: StageSpec) -> None:
-        self._service.begin_stage(spec)
+    async def begin_stage(self, spec: StageSpec) -> Coverage:
+        return self._service.begin_stage(spec)
 
     async def accumulate(
         self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None

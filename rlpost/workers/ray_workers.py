@@ -20,6 +20,8 @@ from ray.exceptions import OwnerDiedError
 from rlpost.config import LearnerConfig, SamplerConfig, VerifierConfig
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec
+from rlpost.core.optimizers import OPTIMIZERS
+from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Seconds
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
@@ -133,11 +135,12 @@ class _LearnerProcess:
             world_size=config.ranks,
             gradient_checkpointing=config.gradient_checkpointing,
             lora=None if config.lora is None else LoraSpec(**config.lora.model_dump()),
+            optimizer=OPTIMIZERS[config.optimizer.name],
         )
         self._service = LearnerService(self._engine)
 
-    def begin_stage(self, spec: StageSpec) -> None:
-        self._service.begin_stage(spec)
+    def begin_stage(self, spec: StageSpec) -> Coverage:
+        return self._service.begin_stage(spec)
 
     def accumulate(self, groups: Sequence[GradedGroup], learner_version: int, max_staleness: int | None) -> None:
         sampled = isinstance(groups[0].handle, ray.ObjectRef)
@@ -234,8 +237,8 @@ class RayLearner:
         )
         return await gather_first_error(*calls)
 
-    async def begin_stage(self, spec: StageSpec) -> None:
-        await self._all("begin_stage", spec)
+    async def begin_stage(self, spec: StageSpec) -> Coverage:
+        return (await self._all("begin_stage", spec))[0]
 
     async def accumulate(
         self, groups: Sequence[GradedGroup], *, learner_version: int, max_staleness: int | None

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlpost.core.metrics import StepReport
-from rlpost.core.objective import OptimizerSpec, PolicyGradient, StageSpec
+from rlpost.core.objective import PolicyGradient, StageSpec
+from rlpost.core.optimizers import AdamW
 from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine
 from rlpost.engines.lora import LoraSpec, checkpoint_weights
@@ -24,7 +25,7 @@ from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
 
 CHILD_TIMEOUT_S = 240
-LINEAR = OptimizerSpec(eps=1.0, max_grad_norm=1e9)
+LINEAR = AdamW(eps=1.0, max_grad_norm=1e9)
 """With so large an eps, AdamW's first update is almost lr x gradient: comparing weights compares gradients, and not
 only their signs."""
 NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
@@ -74,6 +75,8 @@ class Job:
     """Which rollouts, in which order."""
     cuts: tuple[int, ...] = (7,)
     """Where the rollouts of a step are cut into calls of `accumulate`."""
+    max_staleness: int = 1
+    """0 leaves out the first two tokens of each response, which are of version 0."""
     micro_batch_tokens: int = 64
     gradient_checkpointing: bool = False
     load: Path | None = None
@@ -160,6 +163,7 @@ def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
         world_size=world_size,
         gradient_checkpointing=job.gradient_checkpointing,
         lora=job.kind.lora,
+        optimizer=type(job.spec.optimizer),
     )
 
 
@@ -205,7 +209,10 @@ def train(learner: LearnerEngine, job: Job) -> StepReport:
     for start, end in zip((0, *job.cuts), (*job.cuts, len(job.rows)), strict=True):
         rows = job.rows[start:end]
         learner.accumulate(
-            [rollouts[i] for i in rows], [advantages[i] for i in rows], learner_version=1, max_staleness=1
+            [rollouts[i] for i in rows],
+            [advantages[i] for i in rows],
+            learner_version=1,
+            max_staleness=job.max_staleness,
         )
     return learner.step(denominator=job.denominator, lr=job.lr)
 

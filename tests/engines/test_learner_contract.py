@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2F
 
 from rlpost.core.critic import Critic
 from rlpost.core.metrics import Tally
-from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervised
+from rlpost.core.optimizers import AdamW
 from rlpost.core.preference import Preference
 from rlpost.core.weights import unchanged_fraction
 from rlpost.engines.base import LearnerEngine
@@ -116,7 +117,7 @@ def test_the_plain_learner_takes_the_step_of_the_dense_formula(tied_model: Path)
         surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.28) * advantage)
         (-surrogate.sum() / 20.0).backward()
     norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
-    optimizer = OptimizerSpec(eps=0.1, weight_decay=0.01, max_grad_norm=0.01)
+    optimizer = AdamW(eps=0.1, weight_decay=0.01, max_grad_norm=0.01)
 
     result = run(Job(PLAIN, tied_model, num_steps=1, spec=replace(SPEC, optimizer=optimizer), lr=0.5))
 
@@ -410,7 +411,7 @@ def test_weights_are_the_masters_rounded_to_the_served_dtype(kind: Kind, tied_mo
 @pytest.mark.parametrize("kind", [k for k in full_kinds if "bfloat16" in str(k.id)], indirect=True)
 def test_updates_too_small_for_bfloat16_add_up_in_the_masters(kind: Kind, tied_model: Path) -> None:
     """Ten AdamW steps of 1e-6 move a master by up to 1e-5. The bfloat16 neighbours of a weight of 0.1 are 4e-4 away."""
-    spec = replace(SPEC, optimizer=OptimizerSpec())
+    spec = replace(SPEC, optimizer=AdamW())
     result = run(Job(kind, tied_model, num_steps=10, spec=spec, lr=1e-6))
     assert 5e-6 < result.moved.abs().max() < 1.5e-5
     assert (result.moved != 0).float().mean() > 0.5
@@ -421,7 +422,7 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_masters(kind: Kind, tied_m
 @pytest.mark.parametrize("kind", kinds, indirect=True)
 def test_a_new_stage_has_fresh_moments(kind: Kind, make: Callable[..., Any], tied_model: Path) -> None:
     """A step at lr 0 fills the moments and leaves the weights. After begin_stage the next one is a first step."""
-    job = Job(kind, tied_model, spec=replace(SPEC, optimizer=OptimizerSpec()), lr=1e-2)
+    job = Job(kind, tied_model, spec=replace(SPEC, optimizer=AdamW()), lr=1e-2)
     used, fresh = make(spec=job.spec), make(spec=job.spec)
     train(used, replace(job, lr=0.0))
     used.begin_stage(job.spec)
@@ -443,7 +444,7 @@ def test_a_new_stage_moves_nothing(kind: Kind, make: Callable[..., Any], tied_mo
 
 @pytest.mark.parametrize("kind", kinds, indirect=True)
 def test_settings_of_the_new_stage_hold(kind: Kind, make: Callable[..., Any], tied_model: Path) -> None:
-    spec = replace(SPEC, optimizer=OptimizerSpec(eps=0.5, weight_decay=0.1, betas=(0.5, 0.9)))
+    spec = replace(SPEC, optimizer=AdamW(eps=0.5, weight_decay=0.1, betas=(0.5, 0.9)))
     job = Job(kind, tied_model, spec=spec)
     learner = make()
     learner.begin_stage(spec)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlpost.core.objective import Objective, OptimizerSpec, PolicyGradient, StageSpec, Supervised
+from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervised
+from rlpost.core.optimizers import AdamW
 from rlpost.core.weights import checksum
 from rlpost.data.sources import ShuffledPrompts
 from rlpost.engines.plain_learner import PlainLearner
@@ -92,7 +93,7 @@ def make_stage(
         name=name,
         plan=StagePlan(num_steps=steps, groups_per_step=prompts, max_staleness=staleness),
         prompts=ShuffledPrompts(PROMPTS, seed=0),
-        spec=StageSpec(objective=objective, optimizer=OptimizerSpec(), temperature=1.0, num_threads=1),
+        spec=StageSpec(objective=objective, optimizer=AdamW(), temperature=1.0, num_threads=1),
         group_size=group_size,
         max_response_tokens=max_tokens,
         lr=lr,

@@ -16,7 +16,8 @@ from rlpost.core.advantages import group_advantages
 from rlpost.core.critic import Critic
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
-from rlpost.core.weights import checksum
+from rlpost.core.subnetwork import RandomEntries
+from rlpost.core.weights import checksum, unchanged_fraction
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
@@ -371,6 +372,21 @@ def test_a_rollout_nobody_could_judge_is_in_nothing_its_group_teaches(make_run: 
     assert all(event["rollouts"] == 1 and event["detail"] == "no such module" for event in events)
     assert all(abs(sum(g.advantages_G)) < 1e-6 for g in graded), "the baseline is the mean of the rest"
     assert all(row["reward/mean"] <= 1.0 for row in run.tracker.of("step"))
+
+
+def test_a_stage_reports_the_subnetwork_it_trains_and_moves_no_other_entry(make_run: MakeRun) -> None:
+    """A quarter of each weight: of the output layer's 300 x 64 entries 4,800."""
+    full = make_stage("full", steps=1)
+    stage = make_stage("part", steps=2)
+    spec = dataclasses.replace(stage.spec, subnetwork=RandomEntries(density=0.25))
+    run = make_run([dataclasses.replace(stage, spec=spec)])
+    before = run.learner.weights()
+    run.start()
+    (event,) = run.tracker.events("subnetwork")
+    assert event["stage"] == "part" and event["density"] == pytest.approx(0.25, abs=1e-3)
+    assert event["density_by_weight"].keys() == before.keys() and event["density_by_weight"]["lm_head.weight"] == 0.25
+    assert 0.75 <= unchanged_fraction(before, run.learner.weights()) < 0.8
+    assert not make_run([full]).start().tracker.events("subnetwork")
 
 
 def test_groups_without_signal_are_replaced_when_asked(make_run: MakeRun) -> None:
