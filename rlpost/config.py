@@ -610,6 +610,11 @@ class Recipe(Table):
             if len(set(names)) < len(names):
                 raise ValueError(f"names must differ, got {names}")
         for stage in self.stage:
+            if stage.subnetwork is not None and self.learner.lora is not None:
+                raise ValueError(
+                    f"stage {stage.name!r}: a subnetwork is of the policy's own weights, and with learner.lora only an"
+                    " adapter is trained: drop one of them"
+                )
             _check_batch(stage, self.learner)
             _check_data(stage.name, self.data[stage.data], stage.algo)
         for item in self.eval:

@@ -269,3 +269,9 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem
+
+
+def test_a_subnetwork_and_an_adapter_exclude_each_other() -> None:
+    overrides = ["learner.lora={rank=4, alpha=8}", "stage.rl.subnetwork={select='random', density=0.1}"]
+    with pytest.raises(RecipeError, match=r"stage 'rl': a subnetwork .* drop one of them"):
+        build_recipe(TREE, overrides)
