@@ -2,8 +2,9 @@
 
     python -m benchmarks.learning [--seeds 3] [--methods GRPO GSPO ...]
 
-The methods are the rows of docs/algorithms.md, with the settings written there; rows of the preference table are trained
-online, on pairs of their own rollouts.
+The methods are the rows of docs/algorithms.md, with the settings written there (rows of the preference table are trained
+online, on pairs of their own rollouts; critics are given a learning rate for so small a model), and what can be combined
+with any of them: an adapter, a subnetwork, rounds.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ import re
 import shutil
 import statistics
 import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, RUNS, rows, train, warm_model
 
 ROW = re.compile(r"^\| (?P<method>[^|]+) \| `(?P<settings>[a-z_]+ = [^`]*)` \|.*https?://", re.MULTILINE)
+CRITIC = {"lr": 3e-4, "warmup_steps": 10}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    algo: dict[str, Any]
+    stage: dict[str, Any] = field(default_factory=dict)
+    """Other keys of the stage."""
+    num_rounds: int = 1
+    """Stages that the steps are divided among."""
+    overrides: tuple[str, ...] = ()
 
 
 def methods() -> dict[str, dict[str, Any]]:
@@ -28,38 +42,66 @@ def methods() -> dict[str, dict[str, Any]]:
     return {m["method"]: tomllib.loads(f"algo = {{ {m['settings']} }}")["algo"] for m in ROW.finditer(text)}
 
 
+def variants() -> dict[str, Variant]:
+    listed = {name: Variant(algo=_named(settings)) for name, settings in methods().items()}
+    grpo, dpo = {"name": "grpo"}, {"name": "online_dpo", "loss": "dpo", "beta": 0.1}
+    principal = {"select": "principal", "rank": 32, "density": 0.05}
+    return listed | {
+        "LoRA, rank 8": Variant(algo=grpo, stage={"lr": 1e-3}, overrides=("learner.lora={rank = 8, alpha = 16}",)),
+        "principal entries, 5 %": Variant(algo=grpo, stage={"subnetwork": principal, "lr": 3e-4}),
+        "their complement": Variant(algo=grpo, stage={"subnetwork": principal | {"control": "complement"}, "lr": 3e-4}),
+        "DPO, two rounds": Variant(algo=dpo, num_rounds=2),
+    }
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    if "critic" in settings:
+        return {"name": "ppo", **settings, "critic": CRITIC}
+    return {"name": "online_dpo" if "loss" in settings else "grpo", **settings}
+
+
 def toml(value: Any) -> str:
     """An inline table, from plain data; TOML's scalars are JSON's."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(entry)}" for key, entry in value.items()) + "}"
-    return json.dumps(value)
+    return f"[{', '.join(map(toml, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
-def run(method: str, settings: dict[str, Any], model_path: Path, seed: int, num_steps: int) -> tuple[float, float]:
+def run(method: str, variant: Variant, model_path: Path, seed: int, num_steps: int) -> tuple[float, float]:
     """Held-out accuracy before and after."""
     run_dir = RUNS / "learning" / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
-    name = "online_dpo" if "loss" in settings else "ppo" if "critic" in settings else "grpo"
-    algo = {"name": name, "group_size": 8, "max_staleness": 2, **settings}
+    algo = {"group_size": 8, "max_staleness": 2, **variant.algo}
+    stages = [
+        {
+            "name": f"math_{index}",
+            "data": "math",
+            "steps": num_steps // variant.num_rounds,
+            "algo": algo,
+            **variant.stage,
+        }
+        for index in range(variant.num_rounds)
+    ]
     train(
         run_dir,
         f"model={{path='{model_path}'}}",
-        f"stage=[{{name='math', data='math', steps={num_steps}, algo={toml(algo)}}}]",
+        f"stage={toml(stages)}",
         "eval=[{name='math', data='math_heldout', num_prompts=512, max_response_tokens=32}]",
         f"seed={seed}",
         "tracking.wandb='disabled'",
+        *variant.overrides,
     )
     accuracies = [row["accuracy"] for row in rows(run_dir / "eval.jsonl")]
     return accuracies[0], accuracies[-1]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--methods", nargs="*", help="rows of docs/algorithms.md; all by default")
-    arguments = parser.parse_args()
-    known = methods()
+    parser.add_argument("--methods", nargs="*", help="all by default")
+    arguments = parser.parse_args(argv)
+    known = variants()
     model_path = warm_model()
     print(f"{'method':<28} {'before':>8} {'after':>24} {'gain':>8}", flush=True)
     for method in arguments.methods or known:
