@@ -17,7 +17,7 @@ from rlpost.core.batching import plan_micro_batches
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.optimizers import SGD
 from tests.engines.learner_jobs import (
-    DEEPSPEED,
+    FULL,
     PLAIN,
     SPEC,
     Job,
@@ -34,7 +34,7 @@ from tests.engines.learner_jobs import (
 
 TOLERANCE = 1e-6
 """Relative error of the gradient as one vector, float32 throughout."""
-KINDS = [kind for kind in DEEPSPEED if kind.dtype == torch.float32]
+KINDS = [kind for kind in FULL if kind.dtype == torch.float32]
 OBJECTIVE = PolicyGradient(truncated="mask", kl_coef=0.1)
 """Rollouts cut at the token limit are left out; all others have a gradient."""
 GRADIENT = replace(SPEC, objective=OBJECTIVE, optimizer=SGD(momentum=0.0, max_grad_norm=1e30))

@@ -490,9 +490,9 @@ def test_a_critic_begins_as_the_policy_of_its_stage_with_values_of_zero_and_ends
         critic = critic_masters(learner)
         assert bool(critic) == (objective is spec.objective)
         if critic:
-            policy = {f"backbone.{n.removeprefix('model.')}": p for n, p in masters(learner).items()}
+            policy = {f"backbone.{n.removeprefix('model.')}": p for n, p in learner.weights().items()}
             assert not critic.pop("head.weight").any() and not critic.pop("head.bias").any()
-            assert same(critic, {n: policy[n].to(kind.dtype).float() for n in critic})
+            assert same(critic, {n: policy[n].float() for n in critic})
         report = train(learner, job)
         assert report.tally.sums.get("value") == (0.0 if critic else None)
         assert (report.critic_grad_norm is not None) == bool(critic)

@@ -10,7 +10,7 @@ import torch
 
 from rlpost.core.optimizers import SGD, AdamW, Lion, OptimizerSpec
 from rlpost.engines.optimizers import apply_settings, make_optimizer
-from tests.engines.learner_jobs import DEEPSPEED, PLAIN, SPEC, Job, Kind, Result, run, run_in_children
+from tests.engines.learner_jobs import FULL, PLAIN, SPEC, Job, Kind, Result, run, run_in_children
 
 
 def take_steps(
@@ -73,7 +73,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": SGD(weight_decay=0.1, max_grad_norm=1e9),
     "sgd-without-momentum": SGD(momentum=0.0, max_grad_norm=0.1),
 }
-KINDS = [kind for kind in DEEPSPEED if kind.dtype == torch.float32 or kind.zero_stage == 1]
+KINDS = [kind for kind in FULL if kind.dtype == torch.float32 or kind.zero_stage == 1]
 """In bfloat16, ZeRO-1 has an optimizer of its own; 2 and 3 share theirs with float32."""
 CASES = [(kind, name) for kind in KINDS for name in OPTIMIZERS]
 LR = {"lion": 1e-6, "sgd": 1e-2, "sgd-without-momentum": 1e-2}

@@ -19,7 +19,7 @@ from rlpost.core.subnetwork import PrincipalEntries, RandomEntries, Subnetwork, 
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.pretrained import save_pretrained
 from tests.engines.learner_jobs import (
-    DEEPSPEED,
+    FULL,
     PLAIN,
     SPEC,
     Job,
@@ -35,7 +35,7 @@ from tests.engines.learner_jobs import (
 )
 
 THIRD = RandomEntries(density=0.3, seed=4)
-deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
+deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in FULL]
 kinds = [pytest.param(PLAIN, id="plain"), *deepspeed_kinds]
 
 
@@ -103,7 +103,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": SGD(weight_decay=0.1, max_grad_norm=0.5),
 }
 LR = {"adamw": 1e-2, "lion": 1e-6, "sgd": 1e-3}
-CASES = [(kind, "sgd" if kind.zero_stage == 2 else "adamw") for kind in DEEPSPEED]
+CASES = [(kind, "sgd" if kind.zero_stage == 2 else "adamw") for kind in FULL]
 
 
 def job_of(kind: Kind, name: str, model_path: Path, subnetwork: Subnetwork | None = THIRD) -> Job:
