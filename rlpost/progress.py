@@ -21,6 +21,7 @@ EVENT_LINES = {
     "ready": ("workers ready after {seconds:.1f} s", ""),
     "stage_start": ("stage {stage} starts at version {step}", "bold cyan"),
     "stage_end": ("stage {stage} ends at version {step}", "bold cyan"),
+    "subnetwork": ("stage {stage} trains {density:.2%} of the entries", ""),
     "sampler_lost": ("{worker} was lost during {phase}: {detail}", "bold red"),
     "sampler_restarted": ("{worker} is back with version {version}", "green"),
     "group_failed": ("group of {prompt} failed ({failure}): {detail}", "yellow"),
