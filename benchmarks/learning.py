@@ -48,8 +48,8 @@ def variants() -> dict[str, Variant]:
     principal = {"select": "principal", "rank": 32, "density": 0.05}
     return listed | {
         "LoRA, rank 8": Variant(algo=grpo, stage={"lr": 1e-3}, overrides=("learner.lora={rank = 8, alpha = 16}",)),
-        "principal entries, 5 %": Variant(algo=grpo, stage={"subnetwork": principal, "lr": 3e-4}),
-        "their complement": Variant(algo=grpo, stage={"subnetwork": principal | {"control": "complement"}, "lr": 3e-4}),
+        "principal entries, 5 %": Variant(algo=grpo, stage={"subnetwork": principal, "lr": 1e-3}),
+        "their complement": Variant(algo=grpo, stage={"subnetwork": principal | {"control": "complement"}, "lr": 1e-3}),
         "DPO, two rounds": Variant(algo=dpo, num_rounds=2),
     }
 
