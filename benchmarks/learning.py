@@ -15,7 +15,6 @@ import re
 import shutil
 import statistics
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,19 @@ def methods() -> dict[str, dict[str, Any]]:
     return {m["method"]: tomllib.loads(f"algo = {{ {m['settings']} }}")["algo"] for m in ROW.finditer(text)}
 
 
-def variants() -> dict[str, Variant]:
+def variants(model_path: Path, seed: int) -> dict[str, Variant]:
+    """By name, each after those whose export it begins from."""
     listed = {name: Variant(algo=_named(settings)) for name, settings in methods().items()}
     grpo, dpo = {"name": "grpo"}, {"name": "online_dpo", "loss": "dpo", "beta": 0.1}
+    updated = {
+        "select": "update",
+        "before": str(model_path),
+        "after": str(run_directory("GRPO", seed) / "exports" / "math_0"),
+    }
     principal = {"select": "principal", "rank": 32, "density": 0.05}
     return listed | {
         "LoRA, rank 8": Variant(algo=grpo, stage={"lr": 1e-3}, overrides=("learner.lora={rank = 8, alpha = 16}",)),
+        "the entries GRPO changed": Variant(algo=grpo, stage={"subnetwork": updated}),
         "principal entries, 5 %": Variant(algo=grpo, stage={"subnetwork": principal, "lr": 1e-3}),
         "their complement": Variant(algo=grpo, stage={"subnetwork": principal | {"control": "complement"}, "lr": 1e-3}),
         "DPO, two rounds": Variant(algo=dpo, num_rounds=2),
@@ -60,6 +66,10 @@ def _named(settings: dict[str, Any]) -> dict[str, Any]:
     return {"name": "online_dpo" if "loss" in settings else "grpo", **settings}
 
 
+def run_directory(method: str, seed: int) -> Path:
+    return RUNS / "learning" / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{seed}"
+
+
 def toml(value: Any) -> str:
     """An inline table, from plain data; TOML's scalars are JSON's."""
     if isinstance(value, dict):
@@ -69,7 +79,7 @@ def toml(value: Any) -> str:
 
 def run(method: str, variant: Variant, model_path: Path, seed: int, num_steps: int) -> tuple[float, float]:
     """Held-out accuracy before and after."""
-    run_dir = RUNS / "learning" / f"{re.sub(r'[^a-z0-9]+', '-', method.lower())}-{seed}"
+    run_dir = run_directory(method, seed)
     shutil.rmtree(run_dir, ignore_errors=True)
     algo = {"group_size": 8, "max_staleness": 2, **variant.algo}
     stages = [
@@ -95,17 +105,19 @@ def run(method: str, variant: Variant, model_path: Path, seed: int, num_steps: i
     return accuracies[0], accuracies[-1]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--methods", nargs="*", help="all by default")
-    arguments = parser.parse_args(argv)
-    known = variants()
+    arguments = parser.parse_args()
     model_path = warm_model()
     print(f"{'method':<28} {'before':>8} {'after':>24} {'gain':>8}", flush=True)
-    for method in arguments.methods or known:
-        results = [run(method, known[method], model_path, seed, arguments.steps) for seed in range(arguments.seeds)]
+    for method in arguments.methods or variants(model_path, 0):
+        results = [
+            run(method, variants(model_path, seed)[method], model_path, seed, arguments.steps)
+            for seed in range(arguments.seeds)
+        ]
         before, after = statistics.fmean(b for b, _ in results), [a for _, a in results]
         shown = ", ".join(f"{100 * a:.1f}" for a in after)
         print(

@@ -22,25 +22,26 @@ Control = Literal["random", "complement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdatedEntries:
-    """Those that differ between two model directories, as samplers are served them."""
-
-    before: str
-    after: str
+class _Controlled:
     control: Control | None = None
     seed: int = 0
     """Of the control."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrincipalEntries:
+class UpdatedEntries(_Controlled):
+    """Those that differ between two model directories, as samplers are served them."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrincipalEntries(_Controlled):
     """Of each linear layer but the output layer, those that carry its leading singular values; nothing else."""
 
     rank: int
     density: float
-    control: Control | None = None
-    seed: int = 0
-    """Of the control."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

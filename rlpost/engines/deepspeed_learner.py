@@ -33,7 +33,7 @@ from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.core.optimizers import AdamW, OptimizerSpec
 from rlpost.core.subnetwork import Coverage, Subnetwork, coverage
-from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
 from rlpost.engines.optimizers import Decay, apply_settings, make_optimizer
 from rlpost.engines.plain_learner import check_finite
@@ -295,7 +295,8 @@ class DeepSpeedLearner:
         """A fresh one from the present policy if the stage needs one, in place of the last stage's."""
         self._end_critic()
         if critic_of(spec.objective) is not None:
-            policy = self._checkpointing(self._copy({name: p.cpu() for name, p in self._gathered()}))
+            weights = {name: p.cpu() for name, p in self._gathered()}
+            policy = self._checkpointing(copy_policy(self._model_path, self._dtype, weights))
             self._critic, self._critic_decay = self._initialize(ValueModel(policy).train())
             self._apply_critic(spec)
 
@@ -421,14 +422,8 @@ class DeepSpeedLearner:
             return self._engine(*inputs)
 
     def _frozen_copy(self, tensors: Mapping[str, Tensor]) -> Scorer:
-        return Scorer(self._copy(tensors)).requires_grad_(False).to(self._engine.device)
-
-    def _copy(self, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-        copy = load_policy(self._model_path, self._dtype)
-        with torch.no_grad():
-            for name, parameter in copy.named_parameters():
-                parameter.copy_(tensors[name])
-        return copy
+        copy = copy_policy(self._model_path, self._dtype, tensors)
+        return Scorer(copy).requires_grad_(False).to(self._engine.device)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._engine.device)

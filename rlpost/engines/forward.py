@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def load_policy(model_path: Path, dtype: torch.dtype) -> PreTrainedModel:
     policy = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, attn_implementation=attention)
     _check(policy, model_path)
     return policy
+
+
+def copy_policy(model_path: Path, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Another model like that of the directory, holding `weights` under their checkpoint names (tied ones once)."""
+    copy = load_policy(model_path, dtype)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(weights[name])
+    return copy
+
+
+def linear_layers(policy: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Every linear layer but the output layer, by its name in the model."""
+    output_layer = policy.get_output_embeddings()
+    return {
+        name: module
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Linear) and module is not output_layer
+    }
 
 
 class OutputLayer(nn.Module):

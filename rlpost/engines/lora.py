@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from rlpost.engines.forward import linear_layers
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
 
 ADAPTER = "default"
@@ -95,12 +96,7 @@ def select_targets(policy: PreTrainedModel, spec: LoraSpec) -> dict[str, nn.Line
     Raises:
         ValueError: when a target is none of them.
     """
-    output_layer = policy.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in policy.named_modules()
-        if isinstance(module, nn.Linear) and module is not output_layer
-    }
+    linear = linear_layers(policy)
     if spec.targets == "all-linear":
         return linear
     for target in spec.targets:

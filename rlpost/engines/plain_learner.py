@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from rlpost.core.batching import collate
 from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.core.subnetwork import Coverage, coverage
-from rlpost.engines.forward import Scorer, load_policy
+from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
 from rlpost.engines.optimizers import apply_settings, make_optimizer
 from rlpost.engines.pretrained import PeftAdapter
@@ -59,7 +58,7 @@ class PlainLearner:
             self._reference = self._frozen_copy(self._values())
         self._critic, self._critic_optimizer = None, None
         if critic_of(spec.objective) is not None:
-            self._critic = ValueModel(self._copy(self._values())).train()
+            self._critic = ValueModel(copy_policy(self._model_path, torch.float32, self._values())).train()
             self._critic_optimizer, self._critic_decay = make_optimizer(self._critic.parameters(), type(spec.optimizer))
             apply_settings(spec.optimizer, self._critic_optimizer, self._critic_decay)
         masks: dict[str, Tensor] = {}
@@ -197,14 +196,7 @@ class PlainLearner:
             return self._scorer(*inputs)
 
     def _frozen_copy(self, state: Mapping[str, Tensor]) -> Scorer:
-        return Scorer(self._copy(state)).requires_grad_(False)
-
-    def _copy(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
-        copy = load_policy(self._model_path, torch.float32)
-        with torch.no_grad():
-            for name, parameter in copy.named_parameters():
-                parameter.copy_(state[name])
-        return copy
+        return Scorer(copy_policy(self._model_path, torch.float32, state)).requires_grad_(False)
 
 
 def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -21,6 +21,7 @@ from rlpost.core.subnetwork import (
     updated_mask,
     with_control,
 )
+from rlpost.engines.forward import linear_layers
 from rlpost.engines.pretrained import StoredTensors
 
 
@@ -33,12 +34,7 @@ class Masks:
 
     def __init__(self, subnetwork: Subnetwork, policy: PreTrainedModel, *, serve_dtype: torch.dtype) -> None:
         self._subnetwork, self._serve_dtype = subnetwork, serve_dtype
-        head = policy.get_output_embeddings()
-        self._linear = {
-            f"{name}.weight"
-            for name, module in policy.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
+        self._linear = {f"{name}.weight" for name in linear_layers(policy)}
         if isinstance(subnetwork, UpdatedEntries):
             self._stored = [StoredTensors(Path(path)) for path in (subnetwork.before, subnetwork.after)]
 

@@ -143,10 +143,11 @@ class _LearnerProcess:
         return self._service.begin_stage(spec)
 
     def accumulate(self, groups: Sequence[GradedGroup], learner_version: int, max_staleness: int | None) -> None:
-        sampled = isinstance(groups[0].handle, ray.ObjectRef)
-        whole = [unpack_group(packed) for packed in ray.get([g.handle for g in groups])] if sampled else None
+        whole: list[Any] = [g.handle for g in groups]
+        if isinstance(whole[0], ray.ObjectRef):
+            whole = [unpack_group(packed) for packed in ray.get(whole)]
         self._service.accumulate(
-            [group.only(g.kept_G) for group, g in zip(whole or [g.handle for g in groups], groups, strict=True)],
+            [group.only(g.kept_G) for group, g in zip(whole, groups, strict=True)],
             [g.advantages_G for g in groups],
             learner_version=learner_version,
             max_staleness=max_staleness,

@@ -202,6 +202,16 @@ def critic_masters(learner: Any) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._critic.module.named_parameters()}
 
 
+def check_first_ratio(learner: LearnerEngine, fresh: Sequence[Rollout], advantages: Sequence[float]) -> None:
+    """On rollouts of the present policy the first step's ratio is exactly 1, and after that step it is not."""
+    maxima = []
+    for _ in range(2):
+        learner.accumulate(fresh, advantages, learner_version=1, max_staleness=1)
+        maxima.append(learner.step(denominator=1.0, lr=1e-3).tally.maxima)
+    assert (maxima[0]["ratio"], maxima[0]["gap"]) == (1.0, 0.0)
+    assert maxima[1]["ratio"] > 1.0 and maxima[1]["gap"] > 1e-6
+
+
 def train(learner: LearnerEngine, job: Job) -> StepReport:
     rollouts, advantages = make_rollouts(job.model_path)
     if isinstance(job.spec.objective, Preference):
