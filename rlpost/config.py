@@ -216,7 +216,7 @@ class LearnerConfig(Table):
     """Of the working weights; the masters are float32 either way."""
     zero_stage: Literal[1, 2, 3] = 1
     micro_batch_tokens: Positive = 8192
-    """Padded tokens per forward pass of one rank: the memory dial. Results do not depend on it."""
+    """Tokens per forward pass of one rank: the memory dial. Results do not depend on it."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """None: all weights are trained."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
+from math import ceil
 
 import torch
 
@@ -11,31 +13,29 @@ from rlpost.types import Rollout, TrainingBatch
 
 
 def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int, num_ranks: int = 1) -> list[list[int]]:
-    """Cut rows into micro-batches of at most `max_tokens` padded tokens, a multiple of `num_ranks` of them.
+    """Cut rows into micro-batches of at most `max_tokens` tokens and about the same size, equally many per rank.
 
-    Rows are sorted by length (ties by position), so that rows padded together are alike. Ranks take micro-batches
-    round robin and all need the same number of backward passes (a collective entered by one rank only would hang), so
-    the last ones may be empty. A row longer than `max_tokens` gets a micro-batch of its own.
+    The longest row first, each to the micro-batch with the fewest tokens ("longest processing time first", Graham 1969):
+    micro-batches come out about equal, and so do ranks, which take them round robin. All need the same number of
+    backward passes (a collective entered by one rank only would hang), so with few rows some are empty. A row longer
+    than `max_tokens` gets a micro-batch of its own.
 
     Returns:
         Row indices per micro-batch; every index appears exactly once.
     """
     assert max_tokens > 0 and num_ranks > 0
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    # Halving the widest micro-batch gives an idle rank work before an empty one is added.
-    while len(batches) % num_ranks:
-        widest = max(range(len(batches)), key=lambda i: len(batches[i]))
-        if len(batches[widest]) < 2:
-            batches.append([])
-            continue
-        half = len(batches[widest]) // 2
-        batches[widest : widest + 1] = [batches[widest][:half], batches[widest][half:]]
-    return batches
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    turns = ceil(sum(lengths) / (max_tokens * num_ranks))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(turns * num_ranks)]
+        loads = [(0, index) for index in range(len(batches))]
+        for row in rows:
+            load, index = loads[0]
+            batches[index].append(row)
+            heapreplace(loads, (load + lengths[row], index))
+        if all(load <= max_tokens or len(batches[index]) == 1 for load, index in loads):
+            return batches
+        turns += 1
 
 
 def collate(

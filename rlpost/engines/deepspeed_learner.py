@@ -154,8 +154,8 @@ class DeepSpeedLearner:
         assert spec is not None, "begin_stage comes first"
         units = trained_units(spec.objective, rollouts, advantages)
         micro_batches = plan_micro_batches(
-            [max(len(rollouts[row].token_ids) for row in unit) for unit in units],
-            max_tokens=max(1, self._micro_batch_tokens // max(map(len, units), default=1)),
+            [sum(len(rollouts[row].token_ids) for row in unit) for unit in units],
+            max_tokens=self._micro_batch_tokens,
             num_ranks=self._world_size,
         )
         for picked in micro_batches[self._rank :: self._world_size]:
@@ -170,16 +170,16 @@ class DeepSpeedLearner:
                 learner_version=learner_version,
                 max_staleness=max_staleness,
             )
-            inputs = (self._on_device(batch.token_ids_BT), self._on_device(batch.loss_mask_BT), spec.temperature)
+            inputs = [self._on_device(x) for x in (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)]
             reference_BT = None
             if self._reference is not None:
                 with torch.no_grad():
-                    reference_BT = self._reference(*inputs)[0].cpu()
+                    reference_BT = self._reference(*inputs, spec.temperature)[0].cpu()
             # The loss is a few thousand numbers: on the host, core's functions need no devices.
-            logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs))
+            logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs, spec.temperature))
             values = None
             if self._critic is not None:
-                values = Values(*(x.cpu() for x in self._critic(*inputs[:2], self._on_device(batch.lengths_B))))
+                values = Values(*(x.cpu() for x in self._critic(*inputs)))
                 loss, tally = critic_loss_and_tally(spec.objective, batch, values, logprobs_BT, reference_BT)
                 self._critic.backward(loss)
                 self._tallies.append(tally)
@@ -326,16 +326,14 @@ class DeepSpeedLearner:
 
     def _backward_of_nothing(self) -> None:
         """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
-        token_ids_BT = self._on_device(NO_ROLLOUT)
-        mask_BT = torch.zeros_like(token_ids_BT, dtype=torch.bool)
-        inputs = (token_ids_BT, mask_BT, 1.0)
+        inputs = [self._on_device(x) for x in (NO_ROLLOUT, torch.tensor([2]), NO_ROLLOUT.bool())]
         # In the order of a micro-batch with rollouts: another rank may have one.
         if self._reference is not None:
             with torch.no_grad():  # without an adapter, ZeRO-3 gathers the policy's own weights for it, on every rank
-                self._reference(*inputs)
-        logprobs_BT, _ = self._engine(*inputs)
+                self._reference(*inputs, 1.0)
+        logprobs_BT, _ = self._engine(*inputs, 1.0)
         if self._critic is not None:
-            values_BT, _ = self._critic(token_ids_BT, mask_BT, torch.ones_like(token_ids_BT[:, 0]))
+            values_BT, _ = self._critic(*inputs)
             self._critic.backward(values_BT.sum())
         self._backward(logprobs_BT.sum())
 

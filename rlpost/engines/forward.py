@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlpost.core.logprobs import token_logprobs
-
-FLOAT32_ATTENTION = "rlpost_float32"
-
-
-def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's attention in float32: on CPU its bfloat16 kernel takes up to 4 times as long on short rows."""
-    output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)
-    return output.to(query.dtype), weights
-
-
-AttentionInterface.register(FLOAT32_ATTENTION, _float32_attention)
-AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
+from rlpost.engines.packing import PACKED_ATTENTION, Packing, check_rows_are_alone, packed_hidden_states
 
 
 def load_policy(model_path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -40,8 +26,9 @@ def load_policy(model_path: Path, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(value, float) and name.endswith(("dropout", "pdrop", "_drop")):
             setattr(config, name, 0.0)
     transformers_logging.disable_progress_bar()
-    attention = FLOAT32_ATTENTION if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa"
-    policy = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, attn_implementation=attention)
+    policy = AutoModelForCausalLM.from_pretrained(
+        model_path, config=config, dtype=dtype, attn_implementation=PACKED_ATTENTION
+    )
     _check(policy, model_path)
     return policy
 
@@ -89,24 +76,25 @@ class Scorer(nn.Module):
         self.policy = policy
         self.output_layer = OutputLayer(_output_layer(policy))
 
-    def forward(self, token_ids_BT: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of each token on the mask, given the tokens before it.
-
-        Rows are padded on the right. Attention is causal, so no token on the mask can see padding and no attention mask
-        is needed, which keeps the fastest attention kernel.
+    def forward(
+        self, token_ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of each token on the mask, given the tokens before it in its row.
 
         Args:
-            token_ids_BT: int64.
+            token_ids_BT: int64, rows padded on the right.
+            lengths_B: int64: real tokens per row.
             mask_BT: bool; never the first position, which nothing precedes.
             temperature: divides the logits.
 
         Returns:
             logprobs_BT (differentiable) and entropies_BT in nats (not differentiable), float32, 0 off the mask.
         """
-        hidden_BTH = self.policy.base_model(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        packing = Packing.of(lengths_B, token_ids_BT.shape[1])
+        hidden_NH = packed_hidden_states(self.policy.base_model, token_ids_BT, packing)
         rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
-        hidden_NH = hidden_BTH[rows_N, positions_N - 1]
-        logprobs_N, entropies_N = self.output_layer(hidden_NH, token_ids_BT[rows_N, positions_N], temperature)
+        before_NH = hidden_NH.index_select(0, packing.starts_B[rows_N] + positions_N - 1)
+        logprobs_N, entropies_N = self.output_layer(before_NH, token_ids_BT[rows_N, positions_N], temperature)
         zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
         index = (rows_N, positions_N)
         return zeros_BT.index_put(index, logprobs_N), zeros_BT.index_put(index, entropies_N)
@@ -127,8 +115,8 @@ def _check(policy: PreTrainedModel, model_path: Path) -> None:
     """Refuse what `Scorer` or publishing would get silently wrong.
 
     Raises:
-        ValueError: when the model transforms its logits after the output layer (soft-capping, scaling), or holds its
-            weights under other names than its checkpoint.
+        ValueError: when the model transforms its logits after the output layer (soft-capping, scaling), holds its
+            weights under other names than its checkpoint, or lets packed rows see each other.
     """
     stored: set[str] = set()
     for file in sorted(model_path.glob("*.safetensors")):
@@ -139,6 +127,7 @@ def _check(policy: PreTrainedModel, model_path: Path) -> None:
             f"{model_path}: {type(policy).__name__} holds {unknown[0]!r} ({len(unknown)} such weights), which its"
             " checkpoint does not: samplers load weights by checkpoint name, so this architecture cannot be published"
         )
+    check_rows_are_alone(policy)
     token_ids_BT = torch.tensor([[0, 1]])
     with torch.no_grad():
         expected = policy(input_ids=token_ids_BT, use_cache=False).logits

@@ -86,13 +86,13 @@ class PlainLearner:
                 learner_version=learner_version,
                 max_staleness=max_staleness,
             )
-            inputs = (batch.token_ids_BT, batch.loss_mask_BT, spec.temperature)
+            rows = (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)
             with torch.no_grad():
-                reference_BT = self._reference(*inputs)[0] if self._reference is not None else None
-            logprobs_BT, entropies_BT = self._scorer(*inputs)
+                reference_BT = self._reference(*rows, spec.temperature)[0] if self._reference is not None else None
+            logprobs_BT, entropies_BT = self._scorer(*rows, spec.temperature)
             values = None
             if self._critic is not None:
-                values = Values(*self._critic(batch.token_ids_BT, batch.loss_mask_BT, batch.lengths_B))
+                values = Values(*self._critic(*rows))
                 loss, tally = critic_loss_and_tally(spec.objective, batch, values, logprobs_BT, reference_BT)
                 loss.backward()
                 self._tallies.append(tally)

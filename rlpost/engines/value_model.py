@@ -1,11 +1,13 @@
-"""The critic's model: a policy's backbone with one number on top. Axes: B rows, T positions, H hidden."""
+"""The critic's model: a policy's backbone with one number on top. Axes: B rows, T positions, N tokens of all rows, H hidden."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from rlpost.engines.packing import Packing, packed_hidden_states
 
 
 class ValueHead(nn.Module):
@@ -17,8 +19,8 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
 
-    def forward(self, hidden_BTH: Tensor) -> Tensor:
-        return linear(hidden_BTH.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        return linear(hidden_NH.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 class ValueModel(nn.Module):
@@ -29,16 +31,19 @@ class ValueModel(nn.Module):
         self.backbone = policy.base_model
         self.head = ValueHead(policy.config.hidden_size, policy.dtype)
 
-    def forward(self, token_ids_BT: Tensor, mask_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, token_ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The fields of `core.critic.Values`.
 
         The state of a token is the position before it: its own hidden state has seen it already.
 
         Args:
             token_ids_BT: int64, rows padded on the right.
-            mask_BT: bool; never the first position.
             lengths_B: int64: real tokens per row.
+            mask_BT: bool; never the first position.
         """
-        after_BT = self.head(self.backbone(input_ids=token_ids_BT, use_cache=False).last_hidden_state)
-        end_B = after_BT.gather(-1, lengths_B[:, None] - 1)[:, 0]
-        return torch.where(mask_BT, pad(after_BT, (1, -1)), 0.0), end_B
+        packing = Packing.of(lengths_B, token_ids_BT.shape[1])
+        after_N = self.head(packed_hidden_states(self.backbone, token_ids_BT, packing))
+        rows_M, positions_M = mask_BT.nonzero(as_tuple=True)
+        before_M = after_N.index_select(0, packing.starts_B[rows_M] + positions_M - 1)
+        zeros_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+        return zeros_BT.index_put((rows_M, positions_M), before_M), after_N[packing.starts_B + lengths_B - 1]

@@ -36,19 +36,36 @@ def test_every_row_is_in_exactly_one_micro_batch_and_ranks_have_equally_many(
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     assert len(batches) % num_ranks == 0
     for batch in batches:
-        padded = len(batch) * max((lengths[row] for row in batch), default=0)
-        assert len(batch) <= 1 or padded <= max_tokens
+        assert len(batch) <= 1 or sum(lengths[row] for row in batch) <= max_tokens
 
 
-def test_rows_of_like_length_share_a_micro_batch() -> None:
-    """Budget 20: the rows of 9 and 8 fill 18, the five of 2 and 3 fill 15."""
-    assert plan_micro_batches([2, 9, 3, 8, 2, 3, 2], max_tokens=20) == [[1, 3], [2, 5, 0, 4, 6]]
+def test_micro_batches_are_about_equal() -> None:
+    """29 tokens need two of 20: 9 + 3 + 2 (+ 2) and 8 + 3 + 2 by turns of the lighter one."""
+    assert plan_micro_batches([2, 9, 3, 8, 2, 3, 2], max_tokens=20) == [[1, 5, 4], [3, 2, 0, 6]]
 
 
-def test_work_is_halved_before_a_rank_gets_none() -> None:
-    assert plan_micro_batches([3, 3, 3, 3], max_tokens=100, num_ranks=2) == [[0, 1], [2, 3]]
+def test_a_row_above_the_budget_is_alone() -> None:
+    assert plan_micro_batches([30, 5, 5], max_tokens=20) == [[0], [1, 2]]
+
+
+def test_ranks_share_work_before_one_gets_none() -> None:
+    assert plan_micro_batches([3, 3, 3, 3], max_tokens=100, num_ranks=2) == [[0, 2], [1, 3]]
     assert plan_micro_batches([3], max_tokens=100, num_ranks=2) == [[0], []]
     assert plan_micro_batches([], max_tokens=100, num_ranks=2) == []
+
+
+def test_ranks_get_equal_tokens_and_not_equal_numbers_of_rows() -> None:
+    """One row of 12 weighs as much as six of 2, though all seven would fit in one micro-batch."""
+    assert plan_micro_batches([2, 2, 12, 2, 2, 2, 2], max_tokens=100, num_ranks=2) == [[2], [0, 1, 3, 4, 5, 6]]
+
+
+@given(lengths=st.lists(st.integers(16, 1024), min_size=64, max_size=300), num_ranks=st.integers(1, 8))
+def test_no_rank_has_more_than_a_third_above_the_least_possible(lengths: list[int], num_ranks: int) -> None:
+    """Graham's bound for one micro-batch per rank: 4/3 of the optimum, which is at least the mean and the longest row."""
+    plan = plan_micro_batches(lengths, max_tokens=10**6, num_ranks=num_ranks)
+    assert len(plan) == num_ranks
+    least = max(sum(lengths) / num_ranks, max(lengths))
+    assert max(sum(lengths[row] for row in batch) for batch in plan) <= 4 / 3 * least + 1
 
 
 def test_collate_by_hand() -> None:

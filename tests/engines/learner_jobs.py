@@ -202,6 +202,11 @@ def critic_masters(learner: Any) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._critic.module.named_parameters()}
 
 
+def alone(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """A rollout as a micro-batch: token ids, lengths and mask."""
+    return rollout.token_ids[None], torch.tensor([len(rollout.token_ids)]), rollout.loss_mask[None]
+
+
 def check_first_ratio(learner: LearnerEngine, fresh: Sequence[Rollout], advantages: Sequence[float]) -> None:
     """On rollouts of the present policy the first step's ratio is exactly 1, and after that step it is not."""
     maxima = []

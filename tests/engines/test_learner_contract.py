@@ -34,6 +34,7 @@ from tests.engines.learner_jobs import (
     Job,
     Kind,
     Result,
+    alone,
     check_first_ratio,
     close,
     critic_masters,
@@ -143,7 +144,7 @@ def test_fresh_tokens_have_a_ratio_of_exactly_one_and_no_longer_after_a_step(tie
     fresh = []
     for rollout in rollouts:
         with torch.no_grad():
-            logprobs = learner._scorer(rollout.token_ids[None], rollout.loss_mask[None], SPEC.temperature)[0][0]
+            logprobs = learner._scorer(*alone(rollout), SPEC.temperature)[0][0]
         fresh.append(replace(rollout, sampler_logprobs=logprobs))
     check_first_ratio(learner, fresh, advantages)
 

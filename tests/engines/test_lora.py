@@ -33,6 +33,7 @@ from tests.engines.learner_jobs import (
     SPEC,
     Job,
     Kind,
+    alone,
     check_first_ratio,
     close,
     free_port,
@@ -168,7 +169,7 @@ def test_a_sampler_of_the_published_weights_draws_tokens_as_the_learner_scores_t
     gaps, moves = [], []
     with torch.no_grad():
         for rollout in drawn:
-            inputs = (rollout.token_ids[None], rollout.loss_mask[None], 1.0)
+            inputs = (*alone(rollout), 1.0)
             ours = learner._scorer(*inputs)[0][0]
             gaps.append((ours - rollout.sampler_logprobs).abs().max())
             moves.append((before(*inputs)[0][0] - rollout.sampler_logprobs).abs().max())
@@ -227,7 +228,7 @@ def test_the_reference_is_the_base_bit_for_bit_and_no_second_model(
         A.numel() + B.numel() for A, B in adapters_of(learner).values()
     )
     for rollout in make_rollouts(tied_model)[0]:
-        inputs = (rollout.token_ids[None], rollout.loss_mask[None], 0.8)
+        inputs = (*alone(rollout), 0.8)
         with torch.no_grad():
             reference = learner._reference(*inputs)[0]
             assert torch.equal(reference, frozen(*inputs)[0])
@@ -256,10 +257,7 @@ def test_fresh_tokens_have_a_ratio_of_exactly_one_under_a_fresh_adapter(
     rollouts, advantages = make_rollouts(tied_model)
     scorer = Scorer(load_policy(tied_model, torch.float32))
     with torch.no_grad():
-        fresh = [
-            replace(r, sampler_logprobs=scorer(r.token_ids[None], r.loss_mask[None], SPEC.temperature)[0][0])
-            for r in rollouts
-        ]
+        fresh = [replace(r, sampler_logprobs=scorer(*alone(r), SPEC.temperature)[0][0]) for r in rollouts]
     check_first_ratio(learner, fresh, advantages)
 
 
@@ -275,7 +273,7 @@ def test_the_gradient_is_that_of_the_merged_weight_through_the_chain_rule(tied_m
     policy.load_state_dict(dict(learner.weights()), strict=False)
     rollouts, advantages = make_rollouts(tied_model)
     for rollout, advantage in zip(rollouts, advantages, strict=True):
-        logprobs = Scorer(policy)(rollout.token_ids[None], rollout.loss_mask[None], SPEC.temperature)[0][0]
+        logprobs = Scorer(policy)(*alone(rollout), SPEC.temperature)[0][0]
         ratios = (logprobs - rollout.sampler_logprobs)[rollout.loss_mask].exp()
         surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.28) * advantage)
         (-surrogate.sum()).backward()

@@ -25,7 +25,7 @@ def values(model: ValueModel, token_ids: list[int], num_prompt: int, padding: in
     """Of the response's tokens, and of the last state."""
     ids = torch.tensor([[*token_ids, *[0] * padding]])
     mask = (torch.arange(ids.shape[1]) >= num_prompt) & (torch.arange(ids.shape[1]) < len(token_ids))
-    of_tokens, end = model(ids, mask[None], torch.tensor([len(token_ids)]))
+    of_tokens, end = model(ids, torch.tensor([len(token_ids)]), mask[None])
     assert not of_tokens[0, ~mask].any()
     return of_tokens[0, mask], end[0]
 
