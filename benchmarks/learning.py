@@ -3,7 +3,7 @@
     python -m benchmarks.learning [--seeds 3] [--methods GRPO GSPO ...]
 
 The methods are the rows of docs/algorithms.md, with the settings written there (rows of the preference table are trained
-online, on pairs of their own rollouts; critics are given a learning rate for so small a model), and what can be combined
+online, on their own rollouts; critics are given a learning rate for so small a model), and what can be combined
 with any of them: an adapter, a subnetwork, rounds.
 """
 

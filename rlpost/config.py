@@ -390,22 +390,43 @@ class PPO(PolicyGradientAlgo):
 
 
 class Pairs(Table):
-    """Learning from pairs; docs/algorithms.md names the methods, core/preference.py has the equations."""
+    """Learning from pairs, or with kto from the two responses of a pair each on its own; docs/algorithms.md names the
+    methods, core/preference.py and core/kto.py have the equations."""
 
-    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     gamma: Annotated[float, Field(ge=0)] = 0.0
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
     """Of the negative log-likelihood of the chosen response, per token."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """kto: weight of a desirable response's loss."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """kto: of an undesirable one's."""
 
     @model_validator(mode="after")
     def _has_meaning(self) -> Pairs:
-        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
-            raise ValueError(f'label_smoothing has no meaning in loss = "{self.loss}": leave it out')
-        if self.gamma and self.loss != "simpo":
-            raise ValueError(f'gamma is the margin of loss = "simpo" and has no meaning in "{self.loss}": leave it out')
+        for key, losses in _LOSSES_WITH.items():
+            field = type(self).model_fields.get(key)
+            if field is not None and getattr(self, key) != field.default and self.loss not in losses:
+                of = " or ".join(f'"{loss}"' for loss in losses)
+                raise ValueError(
+                    f'{key} is a setting of loss = {of} and has no meaning in loss = "{self.loss}": leave it out'
+                )
         return self
+
+
+_LOSSES_WITH = {
+    "label_smoothing": ("dpo", "simpo"),
+    "gamma": ("simpo",),
+    "nll_coef": ("dpo", "ipo", "simpo", "orpo"),
+    "min_gap": ("dpo", "ipo", "simpo", "orpo"),
+    "min_chosen": ("dpo", "ipo", "simpo", "orpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "min_desirable": ("kto",),
+}
+"""Settings that only some losses read."""
 
 
 class DPO(Pairs):
@@ -421,13 +442,23 @@ class DPO(Pairs):
 
 
 class OnlineDPO(Pairs, Sampled):
-    """From pairs of its own rollouts: of each group the best against the worst by verified reward."""
+    """From pairs of its own rollouts: of each group the best against the worst by verified reward; with kto from all."""
 
     name: Literal["online_dpo"]
     min_gap: Annotated[float, Field(ge=0)] = 0.0
     """Least difference of the two rewards; ties are never a pair."""
     min_chosen: float | None = None
     """Least reward of the chosen response."""
+    min_desirable: float = 0.5
+    """kto: least reward of a desirable response; those with less are undesirable."""
+
+    @model_validator(mode="after")
+    def _every_response_teaches(self) -> OnlineDPO:
+        if self.loss == "kto" and self.refill:
+            raise ValueError(
+                'refill replaces groups whose rewards are all equal, and with loss = "kto" those teach as well: leave it out'
+            )
+        return self
 
 
 class SFT(Table):

@@ -24,6 +24,7 @@ from rlpost.config import (
     StageConfig,
 )
 from rlpost.core.critic import Critic
+from rlpost.core.kto import KTO
 from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervised
 from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
@@ -158,11 +159,17 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
 
 def objective_of(algo: Algo) -> Objective:
     """What the learner optimizes: the settings of the recipe's algorithm under the same names."""
-    objective = (
-        PolicyGradient if isinstance(algo, PolicyGradientAlgo) else Supervised if isinstance(algo, SFT) else Preference
-    )
+    objective = _kind_of_objective(algo)
     names = {field.name for field in dataclasses.fields(objective)}
     settings: dict[str, Any] = algo.model_dump(include=names)
     if isinstance(algo, PPO):
         settings["advantage"] = Critic(lr=algo.critic.lr, gae_gamma=algo.gae_gamma, gae_lambda=algo.gae_lambda)
     return objective(**settings)
+
+
+def _kind_of_objective(algo: Algo) -> type[Objective]:
+    if isinstance(algo, SFT):
+        return Supervised
+    if isinstance(algo, PolicyGradientAlgo):
+        return PolicyGradient
+    return KTO if algo.loss == "kto" else Preference

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.learning import methods
 from rlpost.core.critic import Critic
+from rlpost.core.kto import KTO
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
 from rlpost.recipe import build_recipe
@@ -16,7 +17,7 @@ from rlpost.stages import objective_of
 METHODS = methods()
 NAMED = {
     "GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++ with baseline", "GSPO", "CISPO", "IcePop",
-    "PPO with GAE", "VC-PPO", "DPO", "IPO", "SimPO", "ORPO",
+    "PPO with GAE", "VC-PPO", "DPO", "IPO", "SimPO", "ORPO", "KTO",
 }  # fmt: skip
 DATA = {
     "generated": {"source": "generated", "families": ["arithmetic"]},
@@ -48,8 +49,12 @@ def test_every_row_is_a_recipe_and_all_its_settings_reach_the_learner(name: str,
     }
     recipe = build_recipe({"name": "t", "model": {"path": "m"}, "data": DATA, "stage": [stage]})
     objective = objective_of(recipe.stage[0].algo)
-    assert isinstance(objective, PolicyGradient if name in ("grpo", "ppo") else Preference)
     expected = {key: value for key, value in settings.items() if key not in PIPELINE_KEYS | CRITIC_KEYS}
+    if settings.get("loss") == "kto":
+        assert isinstance(objective, KTO)
+        del expected["loss"]
+    else:
+        assert isinstance(objective, PolicyGradient if name in ("grpo", "ppo") else Preference)
     assert {key: getattr(objective, key) for key in expected} == expected
     if isinstance(objective, PolicyGradient) and name == "ppo":
         lr, decay = settings["critic"]["lr"], settings["gae_lambda"]

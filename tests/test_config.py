@@ -89,7 +89,15 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ),
         ("stage.rl.algo={name='dpo'}", r"needs data with source = \"pairs\", not 'dataset'.*online_dpo"),
         ("stage.rl.algo={name='online_dpo', loss='ipo', label_smoothing=0.1}", r'no meaning in loss = "ipo"'),
-        ("stage.rl.algo={name='online_dpo', gamma=0.5}", r'gamma is the margin of loss = "simpo"'),
+        ("stage.rl.algo={name='online_dpo', gamma=0.5}", r'gamma is a setting of loss = "simpo" and has'),
+        (
+            "stage.rl.algo={name='online_dpo', undesirable_weight=2.0}",
+            r'undesirable_weight is a setting of loss = "kto"',
+        ),
+        ("stage.rl.algo={name='online_dpo', min_desirable=0.9}", r'min_desirable is a setting of loss = "kto"'),
+        ("stage.rl.algo={name='online_dpo', loss='kto', min_chosen=0.9}", r'min_chosen .* no meaning in loss = "kto"'),
+        ("stage.rl.algo={name='online_dpo', loss='kto', nll_coef=1.0}", r'nll_coef .* no meaning in loss = "kto"'),
+        ("stage.rl.algo={name='online_dpo', loss='kto', refill=true}", r"those teach as well: leave it out"),
         (
             "data.math={source='pairs', path='x', prompt='{p}', chosen='c', rejected='r'}",
             r"'rl' needs prompts that a verifier",

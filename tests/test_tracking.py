@@ -603,8 +603,19 @@ def critic_record() -> StepRecord:
     return dataclasses.replace(record, report=dataclasses.replace(record.report, critic_grad_norm=2.0))
 
 
+def unpaired_record() -> StepRecord:
+    """The same with responses that are desirable or not in place of pairs."""
+    record = full_record()
+    tally = record.report.tally
+    tally.sums = {key: value for key, value in tally.sums.items() if "pairs" not in key}
+    names = ("responses_right", "responses_skipped", "desirable", "desirable_score", "undesirable_score")
+    tally.add(responses=2.0, **dict.fromkeys(names, 1.0))
+    return record
+
+
 def test_every_key_of_a_step_is_documented_and_nothing_else_is() -> None:
-    produced = {*step_metrics(full_record()), *step_metrics(critic_record()), "time"}
+    records = full_record(), critic_record(), unpaired_record()
+    produced = {"time"}.union(*(step_metrics(record) for record in records))
     patterns = documented("metrics.jsonl")
     assert not {key for key in produced if not any(matches(key, pattern) for pattern in patterns)}
     assert not {pattern for pattern in patterns if not any(matches(key, pattern) for key in produced)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -134,9 +134,12 @@ def critic_metrics(tally: Tally) -> dict[str, float]:
 
 def preference_metrics(tally: Tally) -> dict[str, float]:
     """The figures of a whole step of a preference objective; none for others. Keys as in docs/metrics.md."""
-    if "pairs" not in tally.sums:
+    sums = tally.sums
+    if "responses" in sums:
+        return _unpaired_metrics(sums)
+    if "pairs" not in sums:
         return {}
-    sums, pairs = tally.sums, max(tally.sums["pairs"], 1.0)
+    pairs = max(sums["pairs"], 1.0)
     return {
         "preference/loss": sums["loss"] / pairs,
         "preference/accuracy": sums["pairs_right"] / pairs,
@@ -146,3 +149,19 @@ def preference_metrics(tally: Tally) -> dict[str, float]:
         "preference/pairs": sums["pairs"],
         "preference/pairs_skipped": sums["pairs_skipped"],
     }
+
+
+def _unpaired_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    responses, desirable = max(sums["responses"], 1.0), sums["desirable"]
+    metrics = {
+        "preference/loss": sums["loss"] / responses,
+        "preference/accuracy": sums["responses_right"] / responses,
+        "preference/desirable_share": desirable / responses,
+        "preference/responses": sums["responses"],
+        "preference/responses_skipped": sums["responses_skipped"],
+    }
+    if desirable:
+        metrics["preference/desirable_score"] = sums["desirable_score"] / desirable
+    if undesirable := sums["responses"] - desirable:
+        metrics["preference/undesirable_score"] = sums["undesirable_score"] / undesirable
+    return metrics

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlpost.core.advantages import Advantage, batch_scale, group_advantages
 from rlpost.core.critic import Critic, Values, gae, returns, token_rewards, value_loss
 from rlpost.core.kl import kl_terms, kl_to_go
+from rlpost.core.kto import KTO, desirability, unpaired_loss
 from rlpost.core.losses import (
     Level,
     Surrogate,
@@ -93,7 +94,7 @@ class Supervised:
     needs_reference: bool = False
 
 
-Objective = PolicyGradient | Supervised | Preference
+Objective = PolicyGradient | Supervised | Preference | KTO
 
 
 def critic_of(objective: Objective) -> Critic | None:
@@ -123,6 +124,8 @@ def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Seque
     assert not isinstance(objective, Supervised), "demonstrations are not judged"
     if isinstance(objective, Preference):
         return tuple(best_against_worst(objective, rewards, finish_reasons))
+    if isinstance(objective, KTO):
+        return tuple(desirability(objective, rewards, finish_reasons))
     if isinstance(objective.advantage, Critic):
         return tuple(rewards)
     rewards_G = torch.tensor(rewards, dtype=torch.float64)
@@ -136,6 +139,8 @@ def trained_units(
     the pair (chosen, rejected), must be in one micro-batch."""
     if isinstance(objective, Preference):
         return list(pairs_of(advantages))
+    if isinstance(objective, KTO):
+        return [(index,) for index, advantage in enumerate(advantages) if advantage]
     if isinstance(objective, Supervised):
         return [(index,) for index in range(len(rollouts))]
     return [
@@ -154,10 +159,13 @@ def step_denominator(
 ) -> float:
     """What divides the summed gradient of a step, from all its groups: known when the last has arrived.
 
-    Of a preference objective the number of pairs: groups without one (ties) are not in the mean.
+    Of a preference objective the number of pairs: groups without one (ties) are not in the mean. Of KTO the number of
+    responses that are trained on.
     """
     if isinstance(objective, Preference):
         return float(max(sum(any(advantages_G) for advantages_G in advantages), 1))
+    if isinstance(objective, KTO):
+        return float(max(sum(a != 0 for advantages_G in advantages for a in advantages_G), 1))
     policy = objective if isinstance(objective, PolicyGradient) else None
     lengths = [
         length
@@ -193,6 +201,9 @@ def loss_and_tally(
         return loss, tally
     if isinstance(objective, Preference):
         loss, tally = preference_loss(objective, batch, logprobs_BT, reference_logprobs_BT)
+        return loss, Tally.merge([tally, tally_policy(batch, logprobs_BT, entropies_BT)])
+    if isinstance(objective, KTO):
+        loss, tally = unpaired_loss(objective, batch, logprobs_BT, reference_logprobs_BT)
         return loss, Tally.merge([tally, tally_policy(batch, logprobs_BT, entropies_BT)])
     return _policy_gradient(objective, batch, logprobs_BT, entropies_BT, reference_logprobs_BT, values)
 

@@ -28,8 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from rlpost.core.metrics import StepReport
-from rlpost.core.objective import StageSpec, credit, step_denominator
-from rlpost.core.preference import Preference
+from rlpost.core.objective import StageSpec, Supervised, credit, step_denominator
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
@@ -222,7 +221,7 @@ class Controller:
 
     def _put_given(self, ticket: Ticket, stage: Stage, prompt: Prompt) -> None:
         """A group that no policy sampled: a demonstration, or a pair of one and a worse response."""
-        pair = isinstance(stage.spec.objective, Preference)
+        pair = not isinstance(stage.spec.objective, Supervised)
         responses = (prompt.demonstration_ids, prompt.rejected_ids) if pair else (prompt.demonstration_ids,)
         group = RolloutGroup(prompt=prompt, rollouts=tuple(given_rollout(prompt, ids) for ids in responses))
         finished = Finished(

@@ -72,8 +72,8 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
         **{f"queue/{name}": count for name, count in record.buffer.items()},
         **_worker_times(record.worker_seconds),
     }
-    if "pairs" in tally.sums:
-        row |= preference_metrics(tally)
+    if preference := preference_metrics(tally):
+        row |= preference
         row["actor/pg_loss"] = row["preference/loss"]
     if record.sampled:
         row |= _rollout_metrics(record)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlpost.core.kto import KTO
 from rlpost.core.objective import Objective, PolicyGradient, loss_and_tally, step_denominator
 from rlpost.core.preference import Preference
 from rlpost.types import GroupSummary, TrainingBatch
@@ -249,3 +250,40 @@ def test_the_odds_ratio_term_of_orpo_is_trls(trl: Any) -> None:
     objective = Preference(loss="orpo", beta=0.3)
     expected = (value.detach(), leaf.grad)
     torch.testing.assert_close(ours(objective, batch, leaf.detach(), reference), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_kto_is_trls_where_its_reference_point_is_0(trl: Any, loss: str) -> None:
+    """TRL's kto bounds its estimate of the reference point below at 0: this one is -1."""
+    batch, logprobs, _, reference = case("token_mean")
+    mask, leaf = batch.loss_mask_BT.int(), logprobs.clone().requires_grad_()
+    model = _Model(leaf, mask)
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=loss == "kto",
+        _compute_kl_logps=lambda *_: torch.zeros(NUM_ROWS),
+        loss_type=loss,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {
+        "input_ids": torch.zeros(NUM_ROWS, LENGTH + 1, dtype=torch.int64),
+        "attention_mask": torch.ones(NUM_ROWS, LENGTH + 1),
+        "completion_mask": torch.cat([torch.zeros(NUM_ROWS, 1, dtype=mask.dtype), mask], dim=-1),
+        "label": batch.advantages_B > 0,
+        "ref_logps": (reference * mask).sum(-1),
+        "ref_KL_logps": torch.ones(NUM_ROWS),
+    }
+    value = trl.KTOTrainer._compute_loss(trainer, model, inputs, False)
+    value.backward()
+    expected = (value.detach(), leaf.grad)
+    objective = KTO(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    assert 0 < int(inputs["label"].sum()) < NUM_ROWS
+    torch.testing.assert_close(ours(objective, batch, logprobs, reference), expected, rtol=1e-6, atol=1e-7)

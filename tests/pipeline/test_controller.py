@@ -14,6 +14,7 @@ import torch
 
 from rlpost.core.advantages import group_advantages
 from rlpost.core.critic import Critic
+from rlpost.core.kto import KTO
 from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import RandomEntries
@@ -102,6 +103,31 @@ def test_a_stage_on_its_own_pairs_learns_from_the_judge_and_counts_ties(make_run
         assert row["preference/pairs"] == round(6 * (1 - row["reward/frac_zero_std"]))
         assert row["staleness/token_max"] <= 1 and "actor/pg_clipfrac" not in row
     assert any(0 < row["reward/frac_zero_std"] < 1 for row in rows)
+    first, last = ([row["reward/mean"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(last) > sum(first) + 1.0
+
+
+def test_kto_takes_the_two_responses_of_a_given_pair_each_on_its_own(make_run: MakeRun) -> None:
+    """At the first step policy and reference are one: every score is 0, and half of every weight is lost."""
+    objective = KTO(beta=0.5, undesirable_weight=2.0)
+    stage = make_stage(staleness=None, steps=12, prompts=6, group_size=2, lr=3e-3, objective=objective)
+    rows = make_run([stage]).start().tracker.of("step")
+    assert rows[0]["actor/pg_loss"] == rows[0]["preference/loss"] == pytest.approx(0.75)
+    assert rows[0]["preference/responses"] == 12 and rows[0]["preference/desirable_share"] == 0.5
+    assert rows[-1]["preference/desirable_score"] > 0.0 > rows[-1]["preference/undesirable_score"]
+    assert rows[-1]["preference/accuracy"] == 1.0 and rows[-1]["preference/loss"] < 0.5 * rows[0]["preference/loss"]
+
+
+def test_kto_learns_from_every_rollout_that_the_judge_has_seen(make_run: MakeRun) -> None:
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        low = int(rollout.token_ids[rollout.loss_mask][0]) < 150
+        return Judgement(reward=float(low), outcome="correct" if low else "wrong")
+
+    stage = make_stage(staleness=1, steps=14, prompts=4, max_tokens=2, lr=3e-3, objective=KTO())
+    rows = make_run([stage], judge=judge).start().tracker.of("step")
+    for row in rows:
+        assert row["preference/responses"] == 16 and row["reward/frac_zero_std"] == 0.0
+        assert row["preference/desirable_share"] == pytest.approx(row["reward/mean"])
     first, last = ([row["reward/mean"] for row in part] for part in (rows[:5], rows[-5:]))
     assert sum(last) > sum(first) + 1.0
 
