@@ -61,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlpost.config import RecipeError
-    from rlpost.plan import check_resources, local_resources, render_plan
+    from rlpost.plan import check_resources, learner_line, local_resources, render_plan
     from rlpost.recipe import load_recipe
 
     console = Console(soft_wrap=True)
@@ -73,6 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
             return 0
         if recipe.ray_address is None:
             check_resources(recipe, resources)
+        console.print(learner_line(recipe))
         from rlpost.run import run_recipe
 
         return run_recipe(recipe, resume=arguments.resume, console=console)

@@ -5,21 +5,33 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from rlpost.config import PPO, DataConfig, GeneratedData, Recipe, RecipeError, Sampled, StageConfig
+from rlpost.config import (
+    PPO,
+    Algo,
+    DataConfig,
+    GeneratedData,
+    Pairs,
+    PolicyGradientAlgo,
+    Recipe,
+    RecipeError,
+    Sampled,
+    StageConfig,
+)
+from rlpost.memory import PARTS, Architecture, LearnerShape, learner_memory, peak
 
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-MASTER_AND_MOMENTS_BYTES = {"adamw": 12, "lion": 8, "sgd": 8}
-"""float32 master weight and the optimizer's moments, per parameter."""
+DTYPE_BYTES: Mapping[str, Literal[2, 4]] = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +146,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     sampler, learner = recipe.sampler, recipe.learner
     parameters = num_parameters(recipe)
     trained = num_trained(recipe, parameters)
+    shape = learner_shape(recipe)
     workers.add_row(
         "sampler (vLLM)",
         str(sampler.workers),
@@ -144,7 +157,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
         str(learner.ranks),
         f"{learner.gpus_per_rank} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
-        learner_memory(recipe, parameters, trained),
+        "-" if shape is None else f"{_size(sum(peak(shape)[1].values()))}, see below",
     )
     workers.add_row(
         "verifier",
@@ -160,7 +173,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"run directory: {recipe.directory}"
     )
     stages = Group(*(_stage_plan(stage) for stage in recipe.stage))
-    return Group(facts, stages, workers)
+    return Group(facts, stages, workers, *([] if shape is None else [_learner_plan(shape)]))
 
 
 def _stage_plan(stage: StageConfig) -> Text:
@@ -207,24 +220,78 @@ def _what_is_trained(recipe: Recipe, trained: int | None) -> str:
     return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets} ({size})"
 
 
-def learner_memory(recipe: Recipe, parameters: int | None, trained: int | None) -> str:
-    """Frozen weights cost their own bytes and nothing else; an adapter is kept beside them."""
-    if parameters is None:
-        return "-"
-    learner = recipe.learner
-    width = DTYPE_BYTES[learner.dtype]
-    shard = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    if trained is None:
-        return f"{_size(parameters * width / shard[2])} weights + adapters + activations"
-    masters = MASTER_AND_MOMENTS_BYTES[learner.optimizer.name]
-    optimizer = trained * masters / shard[0]
-    gradients = trained * width / shard[1]
-    weights = (parameters if learner.lora is None else parameters + trained) * width / shard[2]
-    plan = f"{_size(weights)} weights + {_size(gradients)} gradients + {_size(optimizer)} masters and moments + activations"
-    if critics := [stage.name for stage in recipe.stage if isinstance(stage.algo, PPO)]:
-        full = parameters * (width / shard[2] + width / shard[1] + masters / shard[0])
-        plan += f"; in {', '.join(critics)} {_size(full)} + activations more for the critic"
-    return plan
+def learner_shape(recipe: Recipe) -> LearnerShape | None:
+    """What a rank of the learner holds if one stage had every reference and critic of the recipe; None for a model of
+    unknown size."""
+    parameters = num_parameters(recipe)
+    trained = num_trained(recipe, parameters)
+    if parameters is None or trained is None:
+        return None
+    learner, algos = recipe.learner, [stage.algo for stage in recipe.stage]
+    return LearnerShape(
+        parameters=parameters,
+        trained=trained,
+        width=DTYPE_BYTES[learner.dtype],
+        ranks=learner.ranks,
+        zero_stage=learner.zero_stage,
+        optimizer=learner.optimizer.name,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        architecture=_architecture(recipe),
+        on_gpu=bool(learner.gpus_per_rank),
+        adapter=learner.lora is not None,
+        reference=any(_needs_reference(algo) for algo in algos),
+        critic=any(isinstance(algo, PPO) for algo in algos),
+        serve_width=DTYPE_BYTES[recipe.sampler.dtype],
+    )
+
+
+def _needs_reference(algo: Algo) -> bool:
+    if isinstance(algo, PolicyGradientAlgo):
+        return algo.kl_coef > 0
+    return isinstance(algo, Pairs) and algo.loss in ("dpo", "ipo")
+
+
+def _architecture(recipe: Recipe) -> Architecture | None:
+    build, path = recipe.model.build, recipe.model.path
+    if build is not None:
+        return Architecture(
+            hidden=build.hidden_size,
+            intermediate=build.hidden_size * 8 // 3,
+            layers=build.num_layers,
+            heads=build.num_heads,
+            kv_heads=build.num_heads,
+            head_size=build.hidden_size // build.num_heads,
+            vocabulary=build.vocab_size,
+        )
+    assert path is not None
+    return Architecture.of_directory(Path(path)) if (Path(path) / "config.json").is_file() else None
+
+
+def _learner_plan(shape: LearnerShape) -> Table:
+    """Bytes by part and moment; parts that nothing takes are left out."""
+    moments = learner_memory(shape)
+    title = "memory of each learner rank (estimate)"
+    if shape.architecture is None:
+        title += ", without activations: the model's sizes are not known yet"
+    table = Table("part", *moments, title=title, title_justify="left")
+    for part in PARTS:
+        sizes = [parts.get(part, 0.0) for parts in moments.values()]
+        if any(sizes):
+            table.add_row(part, *(_size(size) if size else "-" for size in sizes))
+    table.add_row("sum", *(_size(sum(parts.values())) for parts in moments.values()))
+    return table
+
+
+def learner_line(recipe: Recipe) -> str:
+    """The plan's peak and what it is made of, for the start of a run."""
+    shape = learner_shape(recipe)
+    if shape is None:
+        return "memory of each learner rank: not known before the model is downloaded"
+    moment, parts = peak(shape)
+    listed = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
+    unknown = "" if shape.architecture else "; activations not known"
+    return f"memory of each learner rank (estimate): {_size(sum(parts.values()))} in its {moment} ({listed}{unknown})"
 
 
 def _size(num_bytes: float) -> str:

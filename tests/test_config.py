@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from rlpost.config import GRPO, SFT, SGD, AdamW, Recipe, RecipeError
 from rlpost.plan import (
     Resources,
     check_resources,
-    learner_memory,
+    learner_line,
+    learner_shape,
     max_model_len,
     num_parameters,
     num_trained,
@@ -214,17 +214,23 @@ def test_the_plan_counts_a_built_model_exactly(tmp_path: Path) -> None:
         num_parameters(build_recipe(tree(model={"path": str(tmp_path)})))
 
 
-def test_the_plan_counts_the_critic_of_a_stage_that_has_one() -> None:
-    """7e9 parameters at 2 + 2 + 12 bytes: 104.3 GiB."""
+def row(text: str, name: str) -> list[str]:
+    """The cells of a table's row."""
+    line = next((line for line in text.splitlines() if line.startswith(f"\u2502 {name} ")), "")
+    return [cell.strip() for cell in line.strip("\u2502").split("\u2502")][1:]
 
-    def plan(*overrides: str) -> str:
-        console = Console(width=240, file=io.StringIO())
-        with console.capture() as capture:
-            console.print(render_plan(build_recipe(TREE, overrides), Resources(cores=2, gpus=0)))
-        return capture.get()
 
-    assert "critic" not in plan()
-    assert "in rl 104.3 GiB + activations more for the critic" in plan("stage.rl.algo={name='ppo', critic={lr=1e-5}}")
+def test_the_plan_counts_what_stages_need_beside_the_policy() -> None:
+    """7e9 parameters in bfloat16 (13.0 GiB): a reference of 2 bytes each, a critic of 2 + (2 + 4) + 12 (130.4 GiB)."""
+    text = rendered(build_recipe(TREE))
+    assert row(text, "weights") == ["13.0 GiB"] * 4 and row(text, "gradients") == ["39.1 GiB"] * 4
+    assert row(text, "optimizer") == ["78.2 GiB"] * 4 and row(text, "workspace") == ["-", "-", "52.2 GiB", "-"]
+    assert "without activations" in text and row(text, "critic") == row(text, "reference") == []
+    text = rendered(build_recipe(TREE, ["stage.rl.algo={name='ppo', critic={lr=1e-5}, kl_coef=0.1}"]))
+    assert row(text, "critic") == ["130.4 GiB"] * 4 and row(text, "reference") == ["13.0 GiB"] * 4
+    for name, needs in (("dpo", True), ("simpo", False)):
+        text = rendered(build_recipe(TREE, [f"stage.rl.algo={{name='online_dpo', group_size=4, loss='{name}'}}"]))
+        assert bool(row(text, "reference")) == needs
 
 
 def test_the_plan_of_an_adapter_counts_what_is_trained(tiny_model: Path) -> None:
@@ -245,12 +251,15 @@ def test_the_plan_of_an_adapter_counts_what_is_trained(tiny_model: Path) -> None
         num_trained(build_recipe(tree(model={"path": str(tiny_model)}), [*lora, "learner.lora.targets=['w1']"]), 1)
 
 
-def test_memory_of_an_adapter_is_that_of_what_it_trains() -> None:
-    """7 B in bfloat16 is 13.0 GiB of weights; gradients, masters and moments (2 + 12 bytes) are the adapter's alone."""
-    gibi, recipe = 2**30, build_recipe(TREE, ["learner.lora={rank=4, alpha=8}"])
-    text = learner_memory(recipe, 7 * gibi, gibi)
-    assert text.startswith("16.0 GiB weights + 2.0 GiB gradients + 12.0 GiB masters and moments")
-    assert learner_memory(build_recipe(TREE), gibi, gibi).startswith("2.0 GiB weights + 2.0 GiB gradients + 12.0 GiB")
+def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Path) -> None:
+    """Frozen weights cost their 2 bytes; 10,240 adapter weights 2 + 6 + 12, which is 0 MiB."""
+    overrides = ["learner.lora={rank=4, alpha=8}", "learner.micro_batch_tokens=16384"]
+    recipe = build_recipe(tree(model={"path": str(tiny_model)}), overrides)
+    shape = learner_shape(recipe)
+    assert shape is not None and shape.adapter and (shape.trained, shape.width) == (10_240, 2)
+    line = learner_line(recipe)
+    assert " in its backward (weights 0 MiB, " in line and "activations not known" not in line
+    assert learner_line(build_recipe(TREE, overrides)).endswith("not known before the model is downloaded")
 
 
 @pytest.mark.parametrize(
