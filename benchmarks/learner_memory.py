@@ -1,6 +1,6 @@
 """The memory plan (`rlpost.memory`) against the peak of a learner on CPU, one configuration per process.
 
-    python -m benchmarks.learner_memory                      # all configurations, about 5 minutes on one core
+    python -m benchmarks.learner_memory                      # all configurations, about 8 minutes on one core
     python -m benchmarks.learner_memory --only bfloat16-zero1 float32-zero2-critic
 
 A learner of one rank takes two optimizer steps, of one and of two full micro-batches, and exports after each. The peak is
