@@ -249,7 +249,7 @@ def learner_shape(recipe: Recipe) -> LearnerShape | None:
 def _needs_reference(algo: Algo) -> bool:
     if isinstance(algo, PolicyGradientAlgo):
         return algo.kl_coef > 0
-    return isinstance(algo, Pairs) and algo.loss in ("dpo", "ipo")
+    return isinstance(algo, Pairs) and algo.loss in ("dpo", "ipo", "kto")
 
 
 def _architecture(recipe: Recipe) -> Architecture | None:
