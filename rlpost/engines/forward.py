@@ -93,7 +93,7 @@ class Scorer(nn.Module):
         packing = Packing.of(lengths_B, token_ids_BT.shape[1])
         hidden_NH = packed_hidden_states(self.policy.base_model, token_ids_BT, packing)
         rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
-        before_NH = hidden_NH.index_select(0, packing.starts_B[rows_N] + positions_N - 1)
+        before_NH = packing.states_before(hidden_NH, rows_N, positions_N)
         logprobs_N, entropies_N = self.output_layer(before_NH, token_ids_BT[rows_N, positions_N], temperature)
         zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
         index = (rows_N, positions_N)

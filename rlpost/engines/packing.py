@@ -67,6 +67,10 @@ class Packing:
             ),
         )
 
+    def states_before(self, hidden_N: Tensor, rows_M: Tensor, positions_M: Tensor) -> Tensor:
+        """[M, ...]: of packed `hidden_N` [N, ...], what stands before each of M tokens in its row."""
+        return hidden_N.index_select(0, self.starts_B[rows_M] + positions_M - 1)
+
 
 def _alike(rows: list[int], lengths: list[int]) -> list[list[int]]:
     buckets: list[list[int]] = []

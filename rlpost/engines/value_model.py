@@ -44,6 +44,6 @@ class ValueModel(nn.Module):
         packing = Packing.of(lengths_B, token_ids_BT.shape[1])
         after_N = self.head(packed_hidden_states(self.backbone, token_ids_BT, packing))
         rows_M, positions_M = mask_BT.nonzero(as_tuple=True)
-        before_M = after_N.index_select(0, packing.starts_B[rows_M] + positions_M - 1)
+        before_M = packing.states_before(after_N, rows_M, positions_M)
         zeros_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
         return zeros_BT.index_put((rows_M, positions_M), before_M), after_N[packing.starts_B + lengths_B - 1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlpost.core.losses import rollout_weight
-from rlpost.types import TrainingBatch
+from rlpost.types import Rollout, TrainingBatch
 
 
 def make_batch(
@@ -36,3 +36,15 @@ def make_batch(
 
 def rows_of(batch: TrainingBatch, rows: slice) -> TrainingBatch:
     return TrainingBatch(**{name: getattr(batch, name)[rows] for name in TrainingBatch.__slots__})
+
+
+def given_rollout() -> Rollout:
+    """For tests in which only how many there are matters."""
+    return Rollout(
+        token_ids=torch.tensor([1, 2]),
+        loss_mask=torch.tensor([False, True]),
+        sampler_logprobs=torch.zeros(2),
+        spans=(),
+        finish_reason="stop",
+        text="",
+    )

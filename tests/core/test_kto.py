@@ -12,8 +12,8 @@ from torch import Tensor
 from rlpost.core.kto import KTO, desirability, kto_loss
 from rlpost.core.metrics import Tally, preference_metrics
 from rlpost.core.objective import credit, loss_and_tally, step_denominator, trained_units
-from rlpost.types import GroupSummary, Rollout, TrainingBatch
-from tests.core.conftest import make_batch, rows_of
+from rlpost.types import GroupSummary, TrainingBatch
+from tests.core.conftest import given_rollout, make_batch, rows_of
 
 WEIGHTED = KTO(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
 
@@ -150,21 +150,10 @@ def test_truncated_responses_are_left_out_when_asked() -> None:
     assert desirability(KTO(truncated="mask"), rewards, reasons) == [1.0, 0.0, -1.0]
 
 
-def rollout() -> Rollout:
-    return Rollout(
-        token_ids=torch.tensor([1, 2]),
-        loss_mask=torch.tensor([False, True]),
-        sampler_logprobs=torch.zeros(2),
-        spans=(),
-        finish_reason="stop",
-        text="",
-    )
-
-
 def test_each_response_is_a_unit_and_the_mean_is_over_those_trained_on() -> None:
     advantages = [(1.0, -1.0, 0.0), (-1.0, -1.0, -1.0)]
     flat = [a for group in advantages for a in group]
-    assert trained_units(KTO(), [rollout()] * 6, flat) == [(0,), (1,), (3,), (4,), (5,)]
+    assert trained_units(KTO(), [given_rollout()] * 6, flat) == [(0,), (1,), (3,), (4,), (5,)]
     group = GroupSummary(
         prompt_id="p",
         num_tokens_G=(3, 4, 5),

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlpost.core.metrics import Tally, preference_metrics
 from rlpost.core.objective import credit, loss_and_tally, step_denominator, trained_units
 from rlpost.core.preference import Preference, best_against_worst, dpo_loss, ipo_loss, orpo_loss, pairs_of
-from rlpost.types import GroupSummary, Rollout, TrainingBatch
-from tests.core.conftest import make_batch, rows_of
+from rlpost.types import GroupSummary, TrainingBatch
+from tests.core.conftest import given_rollout, make_batch, rows_of
 
 VARIANTS = {
     "dpo": Preference(),
@@ -196,21 +196,10 @@ def test_a_group_is_credited_by_its_objective() -> None:
     assert credit(Preference(), [0.0, 1.0, 0.0], ["stop"] * 3) == (-1.0, 1.0, 0.0)
 
 
-def rollout() -> Rollout:
-    return Rollout(
-        token_ids=torch.tensor([1, 2]),
-        loss_mask=torch.tensor([False, True]),
-        sampler_logprobs=torch.zeros(2),
-        spans=(),
-        finish_reason="stop",
-        text="",
-    )
-
-
 def test_the_rows_of_a_pair_stay_together_and_ties_are_not_in_the_mean() -> None:
     advantages = [(0.0, -1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, -1.0)]
     flat = [a for group in advantages for a in group]
-    assert trained_units(Preference(), [rollout()] * 9, flat) == [(2, 1), (6, 8)]
+    assert trained_units(Preference(), [given_rollout()] * 9, flat) == [(2, 1), (6, 8)]
     group = GroupSummary(
         prompt_id="p",
         num_tokens_G=(3, 4, 5),
