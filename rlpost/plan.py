@@ -291,7 +291,9 @@ def learner_line(recipe: Recipe) -> str:
     moment, parts = peak(shape)
     listed = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
     unknown = "" if shape.architecture else "; activations not known"
-    return f"memory of each learner rank (estimate): {_size(sum(parts.values()))} in its {moment} ({listed}{unknown})"
+    return (
+        f"memory of each learner rank (estimate): {_size(sum(parts.values()))} at most, in {moment}: {listed}{unknown}"
+    )
 
 
 def _size(num_bytes: float) -> str:

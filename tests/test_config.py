@@ -258,7 +258,7 @@ def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Pat
     shape = learner_shape(recipe)
     assert shape is not None and shape.adapter and (shape.trained, shape.width) == (10_240, 2)
     line = learner_line(recipe)
-    assert " in its backward (weights 0 MiB, " in line and "activations not known" not in line
+    assert " at most, in backward: weights 0 MiB, " in line and "activations not known" not in line
     assert learner_line(build_recipe(TREE, overrides)).endswith("not known before the model is downloaded")
 
 
