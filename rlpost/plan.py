@@ -146,7 +146,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     sampler, learner = recipe.sampler, recipe.learner
     parameters = num_parameters(recipe)
     trained = num_trained(recipe, parameters)
-    shape = learner_shape(recipe)
+    shape = learner_shape(recipe, parameters, trained)
     workers.add_row(
         "sampler (vLLM)",
         str(sampler.workers),
@@ -220,11 +220,9 @@ def _what_is_trained(recipe: Recipe, trained: int | None) -> str:
     return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets} ({size})"
 
 
-def learner_shape(recipe: Recipe) -> LearnerShape | None:
+def learner_shape(recipe: Recipe, parameters: int | None, trained: int | None) -> LearnerShape | None:
     """What a rank of the learner holds if one stage had every reference and critic of the recipe; None for a model of
     unknown size."""
-    parameters = num_parameters(recipe)
-    trained = num_trained(recipe, parameters)
     if parameters is None or trained is None:
         return None
     learner, algos = recipe.learner, [stage.algo for stage in recipe.stage]
@@ -285,7 +283,8 @@ def _learner_plan(shape: LearnerShape) -> Table:
 
 def learner_line(recipe: Recipe) -> str:
     """The plan's peak and what it is made of, for the start of a run."""
-    shape = learner_shape(recipe)
+    parameters = num_parameters(recipe)
+    shape = learner_shape(recipe, parameters, num_trained(recipe, parameters))
     if shape is None:
         return "memory of each learner rank: not known before the model is downloaded"
     moment, parts = peak(shape)

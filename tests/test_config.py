@@ -255,7 +255,8 @@ def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Pat
     """Frozen weights cost their 2 bytes; 10,240 adapter weights 2 + 6 + 12, which is 0 MiB."""
     overrides = ["learner.lora={rank=4, alpha=8}", "learner.micro_batch_tokens=16384"]
     recipe = build_recipe(tree(model={"path": str(tiny_model)}), overrides)
-    shape = learner_shape(recipe)
+    parameters = num_parameters(recipe)
+    shape = learner_shape(recipe, parameters, num_trained(recipe, parameters))
     assert shape is not None and shape.adapter and (shape.trained, shape.width) == (10_240, 2)
     line = learner_line(recipe)
     assert " at most, in backward: weights 0 MiB, " in line and "activations not known" not in line

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlpost.core.losses import rollout_weight
-from rlpost.types import Rollout, TrainingBatch
+from rlpost.types import GroupSummary, Rollout, TrainingBatch
 
 
 def make_batch(
@@ -47,4 +47,16 @@ def given_rollout() -> Rollout:
         spans=(),
         finish_reason="stop",
         text="",
+    )
+
+
+def summary(*ends: tuple[int, str]) -> GroupSummary:
+    """Of a group whose rollouts have these (response tokens, finish reason)."""
+    return GroupSummary(
+        prompt_id="p",
+        num_tokens_G=tuple(length for length, _ in ends),
+        num_prompt_tokens=1,
+        finish_reasons_G=tuple(reason for _, reason in ends),
+        oldest_version=0,
+        newest_version=0,
     )

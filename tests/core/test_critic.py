@@ -14,8 +14,8 @@ from rlpost.core.batching import collate
 from rlpost.core.critic import Critic, Values, gae, returns, token_rewards, value_loss
 from rlpost.core.metrics import Tally, critic_metrics
 from rlpost.core.objective import PolicyGradient, credit, critic_loss_and_tally, loss_and_tally, step_denominator
-from rlpost.types import GroupSummary, Rollout, TrainingBatch, VersionSpan
-from tests.core.conftest import make_batch, rows_of
+from rlpost.types import Rollout, TrainingBatch, VersionSpan
+from tests.core.conftest import make_batch, rows_of, summary
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 KL_IN_THE_REWARD = {"kl_coef": 0.5, "kl_place": "reward", "kl_estimator": "k1"}
@@ -262,14 +262,7 @@ def test_the_credit_of_a_rollout_is_its_reward_and_all_of_them_count() -> None:
     objective = PolicyGradient(advantage=Critic(lr=1.0))
     assert credit(objective, [0.0], ["stop"]) == (0.0,) and credit(objective, [1.0, 1.0], ["stop"] * 2) == (1.0, 1.0)
     assert objective.has_gradient(0.0)
-    group = GroupSummary(
-        prompt_id="p",
-        num_tokens_G=(3,),
-        num_prompt_tokens=1,
-        finish_reasons_G=("length",),
-        oldest_version=0,
-        newest_version=0,
-    )
+    group = summary((3, "length"))
     denominators = {
         truncated: step_denominator(
             dataclasses.replace(objective, truncated=truncated),  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlpost.core.kto import KTO, desirability, kto_loss
 from rlpost.core.metrics import Tally, preference_metrics
 from rlpost.core.objective import credit, loss_and_tally, step_denominator, trained_units
-from rlpost.types import GroupSummary, TrainingBatch
-from tests.core.conftest import given_rollout, make_batch, rows_of
+from rlpost.types import TrainingBatch
+from tests.core.conftest import given_rollout, make_batch, rows_of, summary
 
 WEIGHTED = KTO(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
 
@@ -154,13 +154,6 @@ def test_each_response_is_a_unit_and_the_mean_is_over_those_trained_on() -> None
     advantages = [(1.0, -1.0, 0.0), (-1.0, -1.0, -1.0)]
     flat = [a for group in advantages for a in group]
     assert trained_units(KTO(), [given_rollout()] * 6, flat) == [(0,), (1,), (3,), (4,), (5,)]
-    group = GroupSummary(
-        prompt_id="p",
-        num_tokens_G=(3, 4, 5),
-        num_prompt_tokens=1,
-        finish_reasons_G=("stop",) * 3,
-        oldest_version=0,
-        newest_version=0,
-    )
+    group = summary((3, "stop"), (4, "stop"), (5, "stop"))
     assert step_denominator(KTO(), [group] * 2, advantages, max_response_tokens=8) == 5.0
     assert step_denominator(KTO(), [group], [(0.0,) * 3], max_response_tokens=8) == 1.0

@@ -19,8 +19,8 @@ from rlpost.core.objective import (
     step_denominator,
     trained_units,
 )
-from rlpost.types import GroupSummary, Rollout, TrainingBatch, VersionSpan
-from tests.core.conftest import make_batch, rows_of
+from rlpost.types import Rollout, TrainingBatch, VersionSpan
+from tests.core.conftest import make_batch, rows_of, summary
 
 SAMPLER = -2.0
 VARIANTS = {
@@ -186,17 +186,6 @@ def test_rollouts_are_skipped_exactly_when_they_cannot_move_a_weight() -> None:
         assert trained_units(objective, rollouts, advantages) == [(row,) for row in rows]
     for objective in (PolicyGradient(), PolicyGradient(proximal="learner")):
         assert evaluate(objective, 1.3, 0.0)[1] == 0.0
-
-
-def summary(*ends: tuple[int, str]) -> GroupSummary:
-    return GroupSummary(
-        prompt_id="p",
-        num_tokens_G=tuple(length for length, _ in ends),
-        num_prompt_tokens=1,
-        finish_reasons_G=tuple(reason for _, reason in ends),
-        oldest_version=0,
-        newest_version=0,
-    )
 
 
 @pytest.mark.parametrize(

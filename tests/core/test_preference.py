@@ -12,8 +12,8 @@ from torch import Tensor
 from rlpost.core.metrics import Tally, preference_metrics
 from rlpost.core.objective import credit, loss_and_tally, step_denominator, trained_units
 from rlpost.core.preference import Preference, best_against_worst, dpo_loss, ipo_loss, orpo_loss, pairs_of
-from rlpost.types import GroupSummary, TrainingBatch
-from tests.core.conftest import given_rollout, make_batch, rows_of
+from rlpost.types import TrainingBatch
+from tests.core.conftest import given_rollout, make_batch, rows_of, summary
 
 VARIANTS = {
     "dpo": Preference(),
@@ -200,13 +200,6 @@ def test_the_rows_of_a_pair_stay_together_and_ties_are_not_in_the_mean() -> None
     advantages = [(0.0, -1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, -1.0)]
     flat = [a for group in advantages for a in group]
     assert trained_units(Preference(), [given_rollout()] * 9, flat) == [(2, 1), (6, 8)]
-    group = GroupSummary(
-        prompt_id="p",
-        num_tokens_G=(3, 4, 5),
-        num_prompt_tokens=1,
-        finish_reasons_G=("stop",) * 3,
-        oldest_version=0,
-        newest_version=0,
-    )
+    group = summary((3, "stop"), (4, "stop"), (5, "stop"))
     assert step_denominator(Preference(), [group] * 3, advantages, max_response_tokens=8) == 2.0
     assert step_denominator(Preference(), [group], [(0.0,) * 3], max_response_tokens=8) == 1.0

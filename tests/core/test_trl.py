@@ -14,8 +14,8 @@ from torch import Tensor
 from rlpost.core.kto import KTO
 from rlpost.core.objective import Objective, PolicyGradient, loss_and_tally, step_denominator
 from rlpost.core.preference import Preference
-from rlpost.types import GroupSummary, TrainingBatch
-from tests.core.conftest import make_batch
+from rlpost.types import TrainingBatch
+from tests.core.conftest import make_batch, summary
 
 pytestmark = [
     pytest.mark.trl,
@@ -43,14 +43,7 @@ def case(aggregation: str) -> tuple[TrainingBatch, Tensor, Tensor, Tensor]:
 
 def ours(objective: Objective, batch: TrainingBatch, logprobs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     lengths = tuple(batch.loss_mask_BT.sum(-1).tolist())
-    group = GroupSummary(
-        prompt_id="p",
-        num_tokens_G=lengths,
-        num_prompt_tokens=1,
-        finish_reasons_G=("stop",) * NUM_ROWS,
-        oldest_version=0,
-        newest_version=0,
-    )
+    group = summary(*((length, "stop") for length in lengths))
     leaf = logprobs.clone().requires_grad_()
     reference_BT = reference if objective.needs_reference else None
     loss, _ = loss_and_tally(objective, batch, leaf, torch.zeros_like(leaf), reference_BT)
