@@ -537,6 +537,7 @@ def test_a_model_that_changes_its_logits_is_refused(tmp_path: Path) -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
+        attn_logit_softcapping=None,
         final_logit_softcapping=0.5,
         initializer_range=1.0,
     )

@@ -76,11 +76,11 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 KINDS = [kind for kind in FULL if kind.dtype == torch.float32 or kind.zero_stage == 1]
 """In bfloat16, ZeRO-1 has an optimizer of its own; 2 and 3 share theirs with float32."""
 CASES = [(kind, name) for kind in KINDS for name in OPTIMIZERS]
-LR = {"lion": 1e-6, "sgd": 1e-2, "sgd-without-momentum": 1e-2}
+LR = {"lion": 1e-6, "sgd": 1e-5, "sgd-without-momentum": 1e-2}
 
 
 def job_of(kind: Kind, name: str, model_path: Path) -> Job:
-    """Four steps. Moves are small, so that the policy is nearly the same in every step."""
+    """Four steps. Moves are small: a token that crossed a clip by rounding would turn the gradient elsewhere."""
     return Job(kind, model_path, num_steps=4, spec=replace(SPEC, optimizer=OPTIMIZERS[name]), lr=LR[name])
 
 
