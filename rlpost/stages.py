@@ -144,6 +144,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
             num_threads=threads,
             adapter_seed=derive_seed(recipe.seed, "adapter", config.name),
             subnetwork=subnetwork and SUBNETWORKS[subnetwork.select](**subnetwork.model_dump(exclude={"select"})),
+            responses_recur=not sampled,
         ),
         group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,

@@ -116,6 +116,8 @@ class StageSpec:
     """Of the stage's fresh LoRA adapter, where there is one."""
     subnetwork: Subnetwork | None = None
     """The entries it may change; None: all."""
+    responses_recur: bool = False
+    """They are data, the same in every epoch, and not sampled: what the reference says of one can be remembered."""
 
 
 def credit(objective: Objective, rewards: Sequence[float], finish_reasons: Sequence[str]) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -38,6 +38,7 @@ from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trai
 from rlpost.engines.optimizers import Decay, apply_settings, make_optimizer
 from rlpost.engines.plain_learner import check_finite
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
+from rlpost.engines.reference import Reference
 from rlpost.engines.subnetwork import Masks, check_trains_something, hold_gradients
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
@@ -120,7 +121,7 @@ class DeepSpeedLearner:
         self._optimizer_kind = optimizer
         self._engine, self._decay = self._initialize(self._scorer)
         self._spec: StageSpec | None = None
-        self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._reference: Reference | None = None
         self._critic: Any = None
         """An engine of its own, of a `ValueModel`, while the stage's objective has a critic."""
         self._tallies: list[Tally] = []
@@ -138,7 +139,7 @@ class DeepSpeedLearner:
             self._adapter.renew(spec.adapter_seed)
             self._engine.optimizer.refresh_fp32_params()
         elif spec.objective.needs_reference:
-            self._reference = self._frozen_copy({name: p.cpu() for name, p in self._gathered()})
+            self._refer_to_copy({name: p.cpu() for name, p in self._gathered()}, spec)
         self._begin_critic(spec)
         return self._train_only({} if spec.subnetwork is None else self._masks_of(spec.subnetwork))
 
@@ -173,8 +174,7 @@ class DeepSpeedLearner:
             inputs = [self._on_device(x) for x in (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)]
             reference_BT = None
             if self._reference is not None:
-                with torch.no_grad():
-                    reference_BT = self._reference(*inputs, spec.temperature)[0].cpu()
+                reference_BT = self._reference(*inputs, spec.temperature)
             # The loss is a few thousand numbers: on the host, core's functions need no devices.
             logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs, spec.temperature))
             values = None
@@ -227,8 +227,8 @@ class DeepSpeedLearner:
         torch.save(_rng_state(), path / f"rng-{self._rank}.pt")
         if self._rank == 0:
             (path / "learner.json").write_text(json.dumps(self._layout()) + "\n")
-            if isinstance(self._reference, Scorer):
-                write_tensors(dict(self._reference.policy.named_parameters()), path / "reference.safetensors")
+            if self._reference is not None and isinstance(copy := self._reference.score, Scorer):
+                write_tensors(dict(copy.policy.named_parameters()), path / "reference.safetensors")
             if self._masks:
                 write_tensors(self._masks, path / "subnetwork.safetensors")
         dist.barrier()
@@ -264,7 +264,7 @@ class DeepSpeedLearner:
         if self._adapter is not None:
             self._adapter.load_base(path)
         elif spec.objective.needs_reference:
-            self._reference = self._frozen_copy(load_file(path / "reference.safetensors"))
+            self._refer_to_copy(load_file(path / "reference.safetensors"), spec)
         if spec.subnetwork is not None:  # chosen by the weights at the start of the stage, which are gone
             masks = load_file(path / "subnetwork.safetensors")
             self._train_only({name: self._on_device(mask) for name, mask in masks.items()})
@@ -315,8 +315,11 @@ class DeepSpeedLearner:
     def _apply(self, spec: StageSpec) -> None:
         assert type(spec.optimizer) is self._optimizer_kind, "one kind of optimizer per learner"
         torch.set_num_threads(spec.num_threads)
-        without_adapter = self._adapter is not None and spec.objective.needs_reference
-        self._spec, self._reference = spec, self._score_without_adapter if without_adapter else None
+        self._spec, self._reference = spec, None
+        if self._adapter is not None and spec.objective.needs_reference:
+            self._reference = Reference(
+                self._score_without_adapter, remember=spec.responses_recur, collective=self._zero_stage == 3
+            )
         apply_settings(spec.optimizer, self._engine.optimizer, self._decay)
         self._engine.optimizer.clip_grad = spec.optimizer.max_grad_norm
 
@@ -329,8 +332,7 @@ class DeepSpeedLearner:
         inputs = [self._on_device(x) for x in (NO_ROLLOUT, torch.tensor([2]), NO_ROLLOUT.bool())]
         # In the order of a micro-batch with rollouts: another rank may have one.
         if self._reference is not None:
-            with torch.no_grad():  # without an adapter, ZeRO-3 gathers the policy's own weights for it, on every rank
-                self._reference(*inputs, 1.0)
+            self._reference(*inputs, 1.0)  # by the policy's own weights, ZeRO-3 gathers them on every rank
         logprobs_BT, _ = self._engine(*inputs, 1.0)
         if self._critic is not None:
             values_BT, _ = self._critic(*inputs)
@@ -419,9 +421,9 @@ class DeepSpeedLearner:
         with self._adapter.off():
             return self._engine(*inputs)
 
-    def _frozen_copy(self, tensors: Mapping[str, Tensor]) -> Scorer:
-        copy = copy_policy(self._model_path, self._dtype, tensors)
-        return Scorer(copy).requires_grad_(False).to(self._engine.device)
+    def _refer_to_copy(self, tensors: Mapping[str, Tensor], spec: StageSpec) -> None:
+        copy = Scorer(copy_policy(self._model_path, self._dtype, tensors)).requires_grad_(False)
+        self._reference = Reference(copy.to(self._engine.device), remember=spec.responses_recur)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._engine.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
 from rlpost.engines.optimizers import apply_settings, make_optimizer
 from rlpost.engines.pretrained import PeftAdapter
+from rlpost.engines.reference import Reference, Score
 from rlpost.engines.subnetwork import Masks, check_trains_something, hold_gradients
 from rlpost.engines.value_model import ValueModel
 from rlpost.types import Rollout
@@ -41,7 +42,7 @@ class PlainLearner:
         self._scorer = Scorer(policy).train()
         self._trained = [p for p in self._scorer.parameters() if p.requires_grad]
         self._spec: StageSpec | None = None
-        self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._reference: Reference | None = None
         self._critic: ValueModel | None = None
         self._critic_optimizer: torch.optim.Optimizer | None = None
         self._tallies: list[Tally] = []
@@ -55,7 +56,7 @@ class PlainLearner:
         if self._adapter is not None:
             self._adapter.renew(spec.adapter_seed)
         elif spec.objective.needs_reference:
-            self._reference = self._frozen_copy(self._values())
+            self._refer_to_copy(self._values(), spec)
         self._critic, self._critic_optimizer = None, None
         if critic_of(spec.objective) is not None:
             self._critic = ValueModel(copy_policy(self._model_path, torch.float32, self._values())).train()
@@ -87,8 +88,7 @@ class PlainLearner:
                 max_staleness=max_staleness,
             )
             rows = (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)
-            with torch.no_grad():
-                reference_BT = self._reference(*rows, spec.temperature)[0] if self._reference is not None else None
+            reference_BT = None if self._reference is None else self._reference(*rows, spec.temperature)
             logprobs_BT, entropies_BT = self._scorer(*rows, spec.temperature)
             values = None
             if self._critic is not None:
@@ -138,7 +138,7 @@ class PlainLearner:
         state = {
             "policy": self._scorer.policy.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "reference": self._reference.policy.state_dict() if isinstance(self._reference, Scorer) else None,
+            "reference": copy.policy.state_dict() if isinstance(copy := self._referred(), Scorer) else None,
             "lora": self._lora(),
             "masks": self._masks,
             "rng": torch.get_rng_state(),
@@ -160,7 +160,7 @@ class PlainLearner:
         self._optimizer.load_state_dict(state["optimizer"])
         self._apply(spec)
         if state["reference"] is not None:
-            self._reference = self._frozen_copy(state["reference"])
+            self._refer_to_copy(state["reference"], spec)
         if self._critic is not None and self._critic_optimizer is not None:
             critic, critic_optimizer = state["critic"]
             self._critic.load_state_dict(critic)
@@ -171,9 +171,9 @@ class PlainLearner:
 
     def _apply(self, spec: StageSpec) -> None:
         torch.set_num_threads(spec.num_threads)
-        without_adapter = self._adapter is not None and spec.objective.needs_reference
-        self._reference = self._score_without_adapter if without_adapter else None
-        self._spec, self._tallies = spec, []
+        self._spec, self._tallies, self._reference = spec, [], None
+        if self._adapter is not None and spec.objective.needs_reference:
+            self._reference = Reference(self._score_without_adapter, remember=spec.responses_recur)
         apply_settings(spec.optimizer, self._optimizer, self._decay)
 
     def _train_only(self, masks: dict[str, Tensor]) -> Coverage:
@@ -195,8 +195,12 @@ class PlainLearner:
         with self._adapter.off():
             return self._scorer(*inputs)
 
-    def _frozen_copy(self, state: Mapping[str, Tensor]) -> Scorer:
-        return Scorer(copy_policy(self._model_path, torch.float32, state)).requires_grad_(False)
+    def _refer_to_copy(self, state: Mapping[str, Tensor], spec: StageSpec) -> None:
+        copy = Scorer(copy_policy(self._model_path, torch.float32, state)).requires_grad_(False)
+        self._reference = Reference(copy, remember=spec.responses_recur)
+
+    def _referred(self) -> Score | None:
+        return None if self._reference is None else self._reference.score
 
 
 def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:

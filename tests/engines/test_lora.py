@@ -230,7 +230,7 @@ def test_the_reference_is_the_base_bit_for_bit_and_no_second_model(
     for rollout in make_rollouts(tied_model)[0]:
         inputs = (*alone(rollout), 0.8)
         with torch.no_grad():
-            reference = learner._reference(*inputs)[0]
+            reference = learner._reference(*inputs)
             assert torch.equal(reference, frozen(*inputs)[0])
             present = learner._scorer(*inputs)[0]
         assert (present - reference).abs().max() > 1e-3
