@@ -1,10 +1,11 @@
 """Whether every method learns: held-out accuracy before and after the quickstart's math stage, from one warm model.
 
-    python -m benchmarks.learning [--seeds 3] [--methods GRPO GSPO ...]
+    python -m benchmarks.learning [--seeds 0 1 2] [--methods GRPO GSPO ...]
 
 The methods are the rows of docs/algorithms.md, with the settings written there (rows of the preference table are trained
 online, on their own rollouts; critics are given a learning rate for so small a model), and what can be combined
-with any of them: an adapter, a subnetwork, rounds.
+with any of them: an adapter, a subnetwork, rounds. Last, what staleness costs: samplers that decode nine steps' groups at
+once, so that a group is as old as it may be when it is trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any
 from benchmarks.common import ROOT, RUNS, rows, train, warm_model
 
 ROW = re.compile(r"^\| (?P<method>[^|]+) \| `(?P<settings>[a-z_]+ = [^`]*)` \|.*https?://", re.MULTILINE)
-CRITIC = {"lr": 3e-4, "warmup_steps": 10}
+CRITIC_LR = 3e-4
+STALE = {"name": "grpo", "max_staleness": 8}
+AHEAD = ("sampler.max_num_seqs=1152", "sampler.kv_cache_mib=512")
+"""Room for the groups of nine steps, 16 x 8 rollouts each, at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +61,17 @@ def variants(model_path: Path, seed: int) -> dict[str, Variant]:
         "principal entries, 5 %": Variant(algo=grpo, stage={"subnetwork": principal, "lr": 1e-3}),
         "their complement": Variant(algo=grpo, stage={"subnetwork": principal | {"control": "complement"}, "lr": 1e-3}),
         "DPO, two rounds": Variant(algo=dpo, num_rounds=2),
+        "staleness 8, uncorrected": Variant(
+            algo=STALE | {"proximal": "learner", "weight_low": 1.0, "weight_high": 1.0}, overrides=AHEAD
+        ),
+        "staleness 8, clipped": Variant(algo=STALE, overrides=AHEAD),
+        "staleness 8, TIS": Variant(algo=STALE | {"proximal": "learner", "weight_high": 2.0}, overrides=AHEAD),
     }
 
 
 def _named(settings: dict[str, Any]) -> dict[str, Any]:
     if "critic" in settings:
-        return {"name": "ppo", **settings, "critic": CRITIC}
+        return {"name": "ppo", **settings, "critic": settings["critic"] | {"lr": CRITIC_LR}}
     return {"name": "online_dpo" if "loss" in settings else "grpo", **settings}
 
 
@@ -107,7 +116,7 @@ def run(method: str, variant: Variant, model_path: Path, seed: int, num_steps: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--methods", nargs="*", help="all by default")
     arguments = parser.parse_args()
@@ -116,7 +125,7 @@ def main() -> None:
     for method in arguments.methods or variants(model_path, 0):
         results = [
             run(method, variants(model_path, seed)[method], model_path, seed, arguments.steps)
-            for seed in range(arguments.seeds)
+            for seed in arguments.seeds
         ]
         before, after = statistics.fmean(b for b, _ in results), [a for _, a in results]
         shown = ", ".join(f"{100 * a:.1f}" for a in after)

@@ -171,7 +171,7 @@ class DeepSpeedLearner:
                 learner_version=learner_version,
                 max_staleness=max_staleness,
             )
-            inputs = [self._on_device(x) for x in (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)]
+            inputs = self._inputs(batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)
             reference_BT = None
             if self._reference is not None:
                 reference_BT = self._reference(*inputs, spec.temperature)
@@ -329,7 +329,7 @@ class DeepSpeedLearner:
 
     def _backward_of_nothing(self) -> None:
         """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
-        inputs = [self._on_device(x) for x in (NO_ROLLOUT, torch.tensor([2]), NO_ROLLOUT.bool())]
+        inputs = self._inputs(NO_ROLLOUT, torch.tensor([2]), NO_ROLLOUT.bool())
         # In the order of a micro-batch with rollouts: another rank may have one.
         if self._reference is not None:
             self._reference(*inputs, 1.0)  # by the policy's own weights, ZeRO-3 gathers them on every rank
@@ -424,6 +424,9 @@ class DeepSpeedLearner:
     def _refer_to_copy(self, tensors: Mapping[str, Tensor], spec: StageSpec) -> None:
         copy = Scorer(copy_policy(self._model_path, self._dtype, tensors)).requires_grad_(False)
         self._reference = Reference(copy.to(self._engine.device), remember=spec.responses_recur)
+
+    def _inputs(self, token_ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._on_device(token_ids_BT), self._on_device(lengths_B), self._on_device(mask_BT)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._engine.device)

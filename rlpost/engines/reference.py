@@ -48,6 +48,6 @@ class Reference:
 def _key(token_ids: Tensor, mask: Tensor) -> bytes:
     """Of a response after its prompt: what follows the last masked position decides nothing, and is padding besides."""
     stop = int(mask.nonzero()[-1]) + 1 if mask.any() else 0
-    digest = xxhash.xxh3_128(token_ids[:stop].contiguous().numpy())
-    digest.update(mask[:stop].contiguous().numpy())
+    digest = xxhash.xxh3_128(token_ids[:stop].numpy().tobytes())
+    digest.update(mask[:stop].numpy().tobytes())
     return digest.digest()
