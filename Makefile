@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/rlpost train recipes/quickstart.toml run_dir=$(RUN_DIR)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

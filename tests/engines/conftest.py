@@ -1,11 +1,13 @@
-"""Small models for engines, and versions of their weights that differ a lot."""
+"""Small models for engines, versions of their weights that differ a lot, and learners of every kind."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.core.weights import checksum
 from rlpost.types import WeightUpdate
+from tests.engines.learner_jobs import Job, Kind, close, free_port, make_learner
 
 END_IDS = (1, *range(40, 50))
 """Eleven of about 300 tokens end a response, so that an untrained policy ends some of its own accord."""
@@ -40,6 +43,40 @@ def tied_model(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     shutil.copy(served_model / "generation_config.json", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def process_group() -> None:
+    """DeepSpeed's, of one rank: a process has one for good."""
+    from rlpost.engines.deepspeed_learner import init_distributed
+
+    if not torch.distributed.is_initialized():
+        init_distributed(rank=0, world_size=1, master_port=free_port())
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """The kind of learner a test is run for (`indirect`)."""
+    if request.param.zero_stage is not None:
+        request.getfixturevalue("process_group")
+    return request.param
+
+
+@pytest.fixture
+def make(kind: Kind, tied_model: Path) -> Iterator[Callable[..., Any]]:
+    """make(**changes) is a learner of this kind whose stage has begun."""
+    made: list[Any] = []
+
+    def make(**changes: Any) -> Any:
+        job = replace(Job(kind, tied_model), **changes)
+        learner = make_learner(job)
+        made.append(learner)
+        learner.begin_stage(job.spec)
+        return learner
+
+    yield make
+    for learner in made:
+        close(learner)
 
 
 def random_weights(model_path: Path, seed: int) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from tests.engines.learner_jobs import (
     Kind,
     Result,
     close,
-    free_port,
     make_learner,
     make_rollouts,
     masters,
@@ -87,9 +86,9 @@ def test_what_is_masked_or_truncated_would_have_made_a_difference(
 
 
 @pytest.mark.engines
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_on_one_rank(kind: Kind, tied_model: Path, expected: Result) -> None:
-    begin_process_group()
     errors = {name: error(run(job_of(kind, tied_model, **change)), expected) for name, change in CUTS.items()}
     assert max(errors.values()) < TOLERANCE, errors
 
@@ -104,10 +103,10 @@ def test_on_two_ranks(tied_model: Path, expected: Result) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_samplers_say_off_the_mask_changes_no_bit(kind: Kind, value: float, tied_model: Path) -> None:
-    begin_process_group()
     rollouts, advantages = make_rollouts(tied_model)
     broken = [replace(r, sampler_logprobs=torch.where(r.loss_mask, r.sampler_logprobs, value)) for r in rollouts]
     after = []
@@ -119,10 +118,3 @@ def test_what_samplers_say_off_the_mask_changes_no_bit(kind: Kind, value: float,
         after.append(masters(learner))
         close(learner)
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
-
-
-def begin_process_group() -> None:
-    if not torch.distributed.is_initialized():
-        from rlpost.engines.deepspeed_learner import init_distributed
-
-        init_distributed(rank=0, world_size=1, master_port=free_port())

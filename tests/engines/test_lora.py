@@ -1,12 +1,12 @@
 """LoRA: what is served is base + s B A, the base stays as it was, and a stage begins where the last one ended.
 
-Steps, cuts, ranks, resuming: `test_learner_contract.py` holds learners with an adapter to the same promises as those without.
+Steps, cuts, ranks, resuming: `test_learner_*.py` hold learners with an adapter to the same promises as those without.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,6 @@ from tests.engines.learner_jobs import (
     Kind,
     alone,
     check_first_ratio,
-    close,
-    free_port,
-    make_learner,
     make_rollouts,
     stir,
     train,
@@ -47,32 +44,6 @@ kinds = [pytest.param(PLAIN_LORA, id="plain")] + [
     pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED_LORA
 ]
 in_float32 = [param for param in kinds if "bfloat16" not in str(param.id)]
-
-
-@pytest.fixture
-def kind(request: pytest.FixtureRequest) -> Kind:
-    if request.param.zero_stage is not None:
-        from rlpost.engines.deepspeed_learner import init_distributed
-
-        if not torch.distributed.is_initialized():
-            init_distributed(rank=0, world_size=1, master_port=free_port())
-    return request.param
-
-
-@pytest.fixture
-def make(kind: Kind, tied_model: Path) -> Iterator[Callable[..., Any]]:
-    """make(**changes) is a learner of this kind whose stage has begun."""
-    made: list[Any] = []
-
-    def make(**changes: Any) -> Any:
-        job = replace(Job(kind, tied_model), **changes)
-        made.append(make_learner(job))
-        made[-1].begin_stage(job.spec)
-        return made[-1]
-
-    yield make
-    for learner in made:
-        close(learner)
 
 
 def same(a: Any, b: Any) -> bool:

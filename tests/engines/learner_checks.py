@@ -1,0 +1,69 @@
+"""What the tests of learners share: the kinds there are, the objectives, and how near is near enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rlpost.core.critic import Critic
+from rlpost.core.kto import KTO
+from rlpost.core.objective import Objective, PolicyGradient, Supervised
+from rlpost.core.preference import Preference
+from tests.engines.learner_jobs import DEEPSPEED, FULL, PLAIN, PLAIN_LORA, Kind, Result
+
+deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
+full_kinds = [pytest.param(PLAIN, id="plain"), *deepspeed_kinds[: len(FULL)]]
+kinds = [*(pytest.param(kind, id=str(kind)) for kind in (PLAIN, PLAIN_LORA)), *deepspeed_kinds]
+
+
+def tolerance_of(kind: Kind) -> float:
+    """Largest relative error of a step's displacement against the float32 specification: the grain of float32 weights,
+    and the rounding of a bfloat16 forward pass, which averages out less over the few numbers of an adapter. Another cut
+    of the same step is 4 times as close."""
+    if kind.dtype == torch.float32:
+        return 2e-4
+    return 0.04 if kind.lora is None else 0.1
+
+
+def error(result: Result, expected: Result) -> float:
+    """Relative error of the displacement."""
+    return float((result.moved - expected.moved).norm() / expected.moved.norm())
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+CRITIC_LR = 0.03
+"""So large that the head, zero at first, lets a gradient through to the backbone in the second step."""
+CRITIC_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.12}
+"""As above, of the critic: in bfloat16 its gradient is coarser, because errors of both signs cancel in it."""
+OBJECTIVES: dict[str, Objective] = {
+    "around-the-sampler": PolicyGradient(),
+    "around-the-learner": PolicyGradient(proximal="learner", weight_high=1.1, aggregation="sequence_mean"),
+    "masked-weights": PolicyGradient(proximal="learner", weight_form="masked", weight_low=0.8, weight_high=1.3),
+    "gspo": PolicyGradient(ratio_level="sequence", aggregation="sequence_mean", clip_low=1e-3, clip_high=0.5),
+    "cispo-without-truncated": PolicyGradient(clip="cispo", clip_low=1.0, clip_high=0.3, truncated="mask"),
+    "with-kl": PolicyGradient(kl_coef=0.5),
+    "with-kl-in-the-reward": PolicyGradient(kl_coef=0.5, kl_place="reward", kl_estimator="k1"),
+    "ppo": PolicyGradient(advantage=Critic(lr=CRITIC_LR, gae_lambda=0.9, gae_gamma=0.95), truncated="bootstrap"),
+    "supervised": Supervised(),
+    "dpo": Preference(beta=0.5, nll_coef=0.2),
+    "simpo": Preference(loss="simpo", beta=2.0, gamma=0.3),
+    "kto": KTO(beta=0.5, undesirable_weight=2.0),
+}
+
+
+def check_critic(result: Result, expected: Result, tolerance: float) -> None:
+    """Head and backbone both moved, and each as it should."""
+    for part in ("head.", "backbone."):
+        ours, theirs = (
+            replace(r.of_critic(), masters={n: p for n, p in r.critic.items() if n.startswith(part)})
+            for r in (result, expected)
+        )
+        assert theirs.moved.norm() > 1e-3
+        assert error(ours, theirs) < tolerance, part
+    assert result.of_critic().norms == pytest.approx(expected.of_critic().norms, rel=tolerance)
