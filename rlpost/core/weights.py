@@ -20,7 +20,7 @@ def checksum(tensor: Tensor) -> str:
     """xxh3-128 of the tensor's bytes in row-major order, after dtype and shape, so that a reshape is not the same."""
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if tensor.numel():
-        digest.update(bits(tensor.cpu()).flatten().view(torch.uint8).numpy().data)
+        digest.update(bits(tensor.cpu()).numpy().data)
     return digest.hexdigest()
 
 

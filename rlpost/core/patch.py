@@ -1,0 +1,221 @@
+"""A version as a patch: what changed since another version, the checksums of all of it, and its bytes on a wire or a disk.
+
+Bytes: magic, payloads in the order of the manifest, the manifest (JSON under zstd), its length, xxh3-128 of all before. The
+manifest stands last so that tensors can be written one by one; whatever reads it has checked every byte first.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+import zstandard
+from torch import Tensor
+
+from rlpost.core.delta import Piece, TensorPatch, apply, apply_pieces, encode, fitting
+from rlpost.core.payloads import Buffer
+from rlpost.core.weights import checksum
+from rlpost.types import WeightUpdate
+
+MAGIC = b"rlpatch1"
+_MANIFEST_LENGTH = struct.Struct("<Q")
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPatch:
+    """One version of the weights, as changes of another.
+
+    Example:
+        WeightPatch(version=8, base=7, tensors={"model.norm.weight": TensorPatch(...)})
+    """
+
+    version: int
+    base: int | None
+    """The version it applies to; None when it is complete: an anchor."""
+    tensors: Mapping[str, TensorPatch]
+    """Checkpoint name to patch, of every tensor of the version, those without a change too."""
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Of every tensor of the version."""
+        return {name: tensor.after for name, tensor in self.tensors.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its payloads."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def num_changed(self) -> int:
+        """Entries whose bits changed; all those of a tensor without a base."""
+        return sum(tensor.num_changed for tensor in self.tensors.values())
+
+
+def diff(base: WeightUpdate | None, target: WeightUpdate) -> WeightPatch:
+    """From `base` to `target`. Added tensors, and those of another shape or dtype, are whole; so is everything without a base.
+
+    Raises:
+        ValueError: naming the tensors that `target` lacks.
+    """
+    held = {} if base is None else base.tensors
+    refuse_removed(held, target.tensors)
+    tensors = {name: encode(held.get(name), tensor) for name, tensor in target.tensors.items()}
+    return WeightPatch(version=target.version, base=None if base is None else base.version, tensors=tensors)
+
+
+def patched(base: WeightUpdate | None, patch: WeightPatch) -> WeightUpdate:
+    """The version that `patch` leads to. Tensors without a change are shared with `base`, which stays as it is.
+
+    Raises:
+        ValueError: when `base` is not the patch's base, in number or in any byte, or the patch is broken: ask for a complete one.
+    """
+    held = {}
+    if patch.base is not None:
+        _check_follows(patch, None if base is None else base.version)
+        held = {} if base is None else base.tensors
+    refuse_removed(held, patch.tensors)
+    tensors = {}
+    for name, tensor in patch.tensors.items():
+        with _naming(name, patch.version):
+            tensors[name] = apply(tensor, held.get(name))
+    return WeightUpdate(version=patch.version, tensors=tensors, checksums=patch.checksums)
+
+
+def rebuilt(patches: Iterable[WeightPatch]) -> WeightUpdate:
+    """The version that a chain of patches leads to: the first complete, each other one applying to the one before it.
+
+    One image, changed in place; its checksums are compared once, at the end.
+
+    Raises:
+        ValueError: when the chain has a gap or a piece is broken, or naming the tensors that are not as published.
+    """
+    tensors: dict[str, Tensor] = {}
+    last: WeightPatch | None = None
+    for patch in patches:
+        _check_follows(patch, None if last is None else last.version)
+        refuse_removed(tensors, patch.tensors)
+        for name, tensor in patch.tensors.items():
+            with _naming(name, patch.version):
+                tensors[name] = _advanced(tensor, tensors.get(name))
+        last = patch
+    assert last is not None, "a chain has a first patch"
+    wrong = [name for name, digest in last.checksums.items() if checksum(tensors[name]) != digest]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} of version {last.version} would not be as published")
+    return WeightUpdate(version=last.version, tensors=tensors, checksums=last.checksums)
+
+
+def refuse_removed(before: Iterable[str], after: Iterable[str]) -> None:
+    """A model does not lose tensors: raises ValueError naming those of `before` that are not in `after`."""
+    if removed := sorted(set(before) - set(after)):
+        raise ValueError(f"{', '.join(removed)} would be gone: a patch changes and adds tensors, and removes none")
+
+
+class PatchWriter:
+    """Writes a patch to a stream, holding one tensor's payloads at a time.
+
+    Example:
+        writer = PatchWriter(stream, version=8, base=7)
+        writer.add("model.norm.weight", encode(before, after))
+        writer.finish()
+    """
+
+    def __init__(self, stream: BinaryIO, *, version: int, base: int | None) -> None:
+        self._stream, self._digest = stream, xxhash.xxh3_128()
+        self._manifest: dict[str, Any] = {"version": version, "base": base, "tensors": {}}
+        self._write(MAGIC)
+
+    def add(self, name: str, tensor: TensorPatch) -> None:
+        for piece in tensor.pieces:
+            self._write(piece.payload)
+        self._manifest["tensors"][name] = {
+            "shape": tensor.shape,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "before": tensor.before,
+            "after": tensor.after,
+            "pieces": [[p.start, p.stop, p.encoding, p.num_changed, len(p.payload)] for p in tensor.pieces],
+        }
+
+    def finish(self) -> None:
+        manifest = zstandard.compress(json.dumps(self._manifest, separators=(",", ":")).encode())
+        self._write(manifest)
+        self._write(_MANIFEST_LENGTH.pack(len(manifest)))
+        self._stream.write(self._digest.digest())
+
+    def _write(self, data: Buffer) -> None:
+        self._digest.update(data)
+        self._stream.write(data)
+
+
+def to_bytes(patch: WeightPatch) -> bytes:
+    stream = BytesIO()
+    writer = PatchWriter(stream, version=patch.version, base=patch.base)
+    for name, tensor in patch.tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    return stream.getvalue()
+
+
+def from_bytes(data: Buffer) -> WeightPatch:
+    """The patch; its payloads are views of `data`.
+
+    Raises:
+        ValueError: when any bit of it is not as it was written, or it is not a patch.
+    """
+    view = memoryview(data)
+    body, digest = view[:-_DIGEST_BYTES], view[-_DIGEST_BYTES:]
+    if xxhash.xxh3_128(body).digest() != digest:
+        raise ValueError(
+            f"the patch of {len(view)} bytes is damaged or cut short: they do not match the checksum at their end"
+        )
+    if body[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"this is no weight patch: it begins with {bytes(body[: len(MAGIC)])!r} instead of {MAGIC!r}")
+    end = len(body) - _MANIFEST_LENGTH.size
+    start = end - _MANIFEST_LENGTH.unpack(body[end:])[0]
+    manifest = json.loads(zstandard.decompress(body[start:end]))
+    tensors, offset = {}, len(MAGIC)
+    for name, entry in manifest["tensors"].items():
+        pieces = []
+        for first, stop, encoding, num_changed, num_bytes in entry["pieces"]:
+            payload = body[offset : (offset := offset + num_bytes)]
+            pieces.append(Piece(start=first, stop=stop, encoding=encoding, num_changed=num_changed, payload=payload))
+        tensors[name] = TensorPatch(
+            shape=tuple(entry["shape"]),
+            dtype=getattr(torch, entry["dtype"]),
+            pieces=tuple(pieces),
+            before=entry["before"],
+            after=entry["after"],
+        )
+    return WeightPatch(version=manifest["version"], base=manifest["base"], tensors=tensors)
+
+
+def _check_follows(patch: WeightPatch, held: int | None) -> None:
+    if patch.base != held:
+        applies, holding = (f"version {number}" if number is not None else "nothing" for number in (patch.base, held))
+        raise ValueError(f"the patch to version {patch.version} applies to {applies}, and {holding} is held")
+
+
+def _advanced(patch: TensorPatch, held: Tensor | None) -> Tensor:
+    """The tensor held, changed in place; a new one where the patch is whole."""
+    if patch.before is None:
+        return apply(patch, None)
+    tensor = fitting(patch, held)
+    apply_pieces(patch.pieces, tensor.view(-1))
+    return tensor
+
+
+@contextmanager
+def _naming(name: str, version: int) -> Iterator[None]:
+    """Errors about a tensor say which."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}, patched to version {version}: {error}") from error
