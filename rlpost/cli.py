@@ -31,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     commands.add_parser("doctor", help="check this machine against what rlpost was tested with")
 
+    diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
+    diff.add_argument("before", type=Path)
+    diff.add_argument("after", type=Path)
+    diff.add_argument("-o", "--output", type=Path, required=True, metavar="PATCH")
+
+    patch = commands.add_parser("patch", help="make the second model directory of a diff from the first")
+    patch.add_argument("before", type=Path)
+    patch.add_argument("patch", type=Path)
+    patch.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+
     arguments = parser.parse_args(argv)
     # An exception in the middle of an import can get lost there; until `run_recipe` there is nothing to clean up.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -40,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments)
         if arguments.command == "summary":
             return _summary(arguments.run_dir)
+        if arguments.command == "diff":
+            return _diff(arguments)
+        if arguments.command == "patch":
+            return _patch(arguments)
         return _doctor()
     except KeyboardInterrupt:
         return _stopped("interrupted", exit_codes.INTERRUPTED)
@@ -91,6 +105,36 @@ def _summary(run_dir: Path) -> int:
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
     Console(soft_wrap=True).print(summary)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from rlpost.archive import diff_directories, different_files
+
+    try:
+        patch = diff_directories(arguments.before, arguments.after, arguments.output)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    full = sum(tensor.full_bytes for tensor in patch.tensors.values())
+    changed = sum(bool(tensor.pieces) for tensor in patch.tensors.values())
+    size = arguments.output.stat().st_size
+    sys.stdout.write(
+        f"{patch.num_changed:,} entries changed, in {changed} of {len(patch.tensors)} tensors: {size:,} bytes,"
+        f" {full / size:.1f} x smaller than the weights\n"
+    )
+    if others := different_files(arguments.before, arguments.after):
+        sys.stdout.write(f"not in the patch, which carries weights only: {', '.join(others)}\n")
+    return 0
+
+
+def _patch(arguments: argparse.Namespace) -> int:
+    from rlpost.archive import patch_directory
+
+    try:
+        patch_directory(arguments.before, arguments.patch, arguments.output)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    sys.stdout.write(f"{arguments.output}: every tensor has the checksum that the patch states\n")
     return 0
 
 

@@ -66,6 +66,11 @@ class TensorPatch:
         return sum(len(piece.payload) for piece in self.pieces)
 
     @property
+    def full_bytes(self) -> int:
+        """Of the tensor itself."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def num_changed(self) -> int:
         return sum(piece.num_changed for piece in self.pieces)
 

@@ -82,11 +82,14 @@ def patched(base: WeightUpdate | None, patch: WeightPatch) -> WeightUpdate:
         _check_follows(patch, None if base is None else base.version)
         held = {} if base is None else base.tensors
     refuse_removed(held, patch.tensors)
-    tensors = {}
-    for name, tensor in patch.tensors.items():
-        with _naming(name, patch.version):
-            tensors[name] = apply(tensor, held.get(name))
+    tensors = {name: patched_tensor(patch, name, held.get(name)) for name in patch.tensors}
     return WeightUpdate(version=patch.version, tensors=tensors, checksums=patch.checksums)
+
+
+def patched_tensor(patch: WeightPatch, name: str, held: Tensor | None) -> Tensor:
+    """One tensor of `patched`; raises ValueError naming it."""
+    with _naming(name, patch.version):
+        return apply(patch.tensors[name], held)
 
 
 def rebuilt(patches: Iterable[WeightPatch]) -> WeightUpdate:
@@ -155,12 +158,16 @@ class PatchWriter:
         self._stream.write(data)
 
 
-def to_bytes(patch: WeightPatch) -> bytes:
-    stream = BytesIO()
+def write_patch(patch: WeightPatch, stream: BinaryIO) -> None:
     writer = PatchWriter(stream, version=patch.version, base=patch.base)
     for name, tensor in patch.tensors.items():
         writer.add(name, tensor)
     writer.finish()
+
+
+def to_bytes(patch: WeightPatch) -> bytes:
+    stream = BytesIO()
+    write_patch(patch, stream)
     return stream.getvalue()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlpost.core.weights import bits
+
 ADAPTER_DIRECTORY = "adapter"
+INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +65,7 @@ def check_model_directory(path: Path) -> None:
         raise ValueError(f"model.path = {str(path)!r} has no config.json: give a Hugging Face model directory")
     if "model_type" not in _json(path / "config.json"):
         raise ValueError(f"{path / 'config.json'} names no model_type: save the model with save_pretrained")
-    _check_weights(path)
+    check_weights(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(
             f"model.path = {str(path)!r} has no tokenizer (tokenizer.json): save it there with"
@@ -50,13 +75,13 @@ def check_model_directory(path: Path) -> None:
         _json(file)
 
 
-def _check_weights(path: Path) -> None:
-    """Every file of weights is there, and as long as its header says."""
-    index = path / "model.safetensors.index.json"
+def check_weights(path: Path) -> None:
+    """Raises ValueError unless every file of weights is there, and as long as its header says."""
+    index = path / INDEX
     listed = set(_json(index)["weight_map"].values()) if index.is_file() else set()
     files = sorted(listed | {file.name for file in path.glob("*.safetensors")})
     if not files:
-        raise ValueError(f"model.path = {str(path)!r} has no *.safetensors: save the model with save_pretrained")
+        raise ValueError(f"{path} has no *.safetensors: save the model with save_pretrained")
     for name in files:
         try:
             with safe_open(path / name, "pt"):
@@ -75,6 +100,20 @@ class StoredTensors:
             with safe_open(file, "pt") as tensors:
                 self._files.update(dict.fromkeys(tensors.keys(), file))
 
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def files(self) -> dict[Path, list[str]]:
+        """Each file's tensors."""
+        return {
+            file: [n for n, place in self._files.items() if place == file] for file in sorted({*self._files.values()})
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
     def check_same_model(self, other: StoredTensors) -> None:
         """Raises ValueError unless the two share weights, all of the same shapes."""
         shared = self._files.keys() & other._files.keys()
@@ -92,8 +131,7 @@ class StoredTensors:
         if name not in self._files:
             raise ValueError(f"{self._path} holds no weight {name!r}: give a directory of the model that is trained")
         self._check_shape(name, shape)
-        with safe_open(self._files[name], "pt") as tensors:
-            return tensors.get_tensor(name)
+        return self.tensor(name)
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
         if self.shape(name) != shape:
@@ -110,12 +148,42 @@ def _json(file: Path) -> Mapping[str, Any]:
         raise ValueError(f"{file} is not valid JSON ({error}): copy or download it again") from error
 
 
+def other_files(path: Path) -> list[Path]:
+    """What a model directory holds besides weights: config, tokenizer."""
+    return sorted(file for file in path.iterdir() if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES))
+
+
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Raises OSError naming the file when the disk does not take it."""
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file} could not be written: {error}") from error
+
+
+def stream_tensors(
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensor: Callable[[str], Tensor], file: Path
+) -> None:
+    """Write a safetensors file of the stated dtypes and shapes, asking for one tensor at a time.
+
+    The format (https://github.com/huggingface/safetensors#format): the header's length, a JSON header, then all bytes. Wide
+    dtypes come first and the header is padded, so that every tensor is aligned.
+    """
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape = layout[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            written = tensor(name)
+            assert (written.dtype, tuple(written.shape)) == (layout[name][0], tuple(layout[name][1]))
+            stream.write(bits(written).numpy().data)
 
 
 def save_pretrained(
@@ -129,9 +197,8 @@ def save_pretrained(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy(file, partial / file.name)
+    for file in other_files(source):
+        shutil.copy(file, partial / file.name)
     write_tensors(tensors, partial / "model.safetensors")
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     config = json.loads((partial / "config.json").read_text())
