@@ -41,6 +41,8 @@ class Configuration:
     reference: bool = False
     critic: bool = False
     optimizer: str = "adamw"
+    subnetwork: float | None = None
+    """Share of the linear layers' entries that are trained, the principal ones."""
 
 
 CONFIGURATIONS = {
@@ -49,11 +51,13 @@ CONFIGURATIONS = {
     "bfloat16-zero1-lion-reference": Configuration(
         dtype="bfloat16", zero_stage=1, tokens=768, optimizer="lion", reference=True
     ),
+    "bfloat16-zero1-subnetwork": Configuration(dtype="bfloat16", zero_stage=1, tokens=1024, subnetwork=0.05),
     "bfloat16-zero2": Configuration(dtype="bfloat16", zero_stage=2, tokens=512),
     "bfloat16-zero3": Configuration(dtype="bfloat16", zero_stage=3, tokens=512),
     "bfloat16-lora-reference": Configuration(dtype="bfloat16", zero_stage=1, tokens=1024, lora=True, reference=True),
     "float32-zero1": Configuration(dtype="float32", zero_stage=1, tokens=2048),
     "float32-zero1-checkpointing": Configuration(dtype="float32", zero_stage=1, tokens=2048, checkpointing=True),
+    "float32-zero1-subnetwork": Configuration(dtype="float32", zero_stage=1, tokens=2048, subnetwork=0.05),
     "float32-zero2": Configuration(dtype="float32", zero_stage=2, tokens=2048),
     "float32-zero2-sgd": Configuration(dtype="float32", zero_stage=2, tokens=1024, optimizer="sgd"),
     "float32-zero2-critic": Configuration(dtype="float32", zero_stage=2, tokens=1024, critic=True),
@@ -89,6 +93,7 @@ def exercise(path: Path, config: Configuration, *, vocabulary: int, tokens: int)
     from rlpost.core.critic import Critic
     from rlpost.core.objective import PolicyGradient, StageSpec
     from rlpost.core.optimizers import OPTIMIZERS
+    from rlpost.core.subnetwork import PrincipalEntries
     from rlpost.engines.deepspeed_learner import DeepSpeedLearner
     from rlpost.engines.lora import LoraSpec
     from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan
@@ -111,7 +116,10 @@ def exercise(path: Path, config: Configuration, *, vocabulary: int, tokens: int)
     objective = PolicyGradient(
         kl_coef=0.1 if config.reference else 0.0, advantage=Critic(lr=1e-5) if config.critic else "group_std"
     )
-    learner.begin_stage(StageSpec(objective=objective, optimizer=kind(), temperature=1.0, num_threads=1))
+    subnetwork = None if config.subnetwork is None else PrincipalEntries(rank=8, density=config.subnetwork)
+    learner.begin_stage(
+        StageSpec(objective=objective, optimizer=kind(), subnetwork=subnetwork, temperature=1.0, num_threads=1)
+    )
     mask = torch.arange(ROW_TOKENS) >= PROMPT_TOKENS
     spans = (VersionSpan(version=0, start=0, end=ROW_TOKENS - PROMPT_TOKENS),)
     prompt = Prompt(id="0", token_ids=(), task="math", reference={})
@@ -174,6 +182,7 @@ def shape_of(config: Configuration, parameters: int, trained: int) -> LearnerSha
         adapter=config.lora,
         reference=config.reference,
         critic=config.critic,
+        subnetwork=config.subnetwork,
     )
 
 

@@ -93,6 +93,8 @@ class LearnerShape:
     reference: bool = False
     critic: bool = False
     serve_width: Literal[2, 4] = 2
+    subnetwork: float | None = None
+    """Share of the weights that a stage changes at most; None: no stage trains a subnetwork."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,7 @@ class States:
     gradients: float
     """Once the second micro-batch of a step has begun."""
     optimizer: float
-    """Masters and moments."""
+    """Masters, moments, and a subnetwork's masks."""
     reduction: float
     """More while gradients are reduced: in a backward pass, whenever a bucket is full."""
     bucket_share: float
@@ -115,12 +117,18 @@ class States:
 NO_STATES = States(weights=0.0, gradients=0.0, optimizer=0.0, reduction=0.0, bucket_share=1.0, step=0.0)
 
 
-def states(shape: LearnerShape, trained: int, frozen: int = 0) -> States:
-    """Of an engine that trains `trained` parameters beside `frozen` ones."""
+def states(shape: LearnerShape, trained: int, frozen: int = 0, subnetwork: float | None = None) -> States:
+    """Of an engine that trains `trained` parameters, or this share of them, beside `frozen` ones."""
     width, ranks, stage = shape.width, shape.ranks, shape.zero_stage
     bucket = min(trained, MAX_BUCKET_ELEMENTS)
     whole, part = 4 * trained, 4 * trained / ranks
-    update = TEMPORARIES[shape.optimizer] * part
+    if subnetwork is None:
+        moments, masks, update = MOMENTS[shape.optimizer] * part, 0.0, TEMPORARIES[shape.optimizer] * part
+    else:
+        # Masks are whole for gradients, in parts for masters. Entries and their gradients are copied, while their
+        # places are listed in 8 bytes each, before a step and after it.
+        moments, masks = MOMENTS[shape.optimizer] * subnetwork * part, trained + trained / ranks
+        update = 4 * subnetwork * part
     weights = width * (trained + frozen)
     if stage == 3:
         # The float32 bucket is allocated for good; a reduction flattens it once more, and so does gloo.
@@ -139,11 +147,10 @@ def states(shape: LearnerShape, trained: int, frozen: int = 0) -> States:
     else:
         # .grad is reduced at the step, where the flat partition replaces it.
         gradients, reduction, step = whole, 0.0, max(part - whole + update, part)
-    optimizer = (1 + MOMENTS[shape.optimizer]) * part
     return States(
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=part + moments + masks,
         reduction=reduction,
         bucket_share=bucket / trained,
         step=step,
@@ -209,7 +216,7 @@ def learner_memory(shape: LearnerShape) -> Mapping[Moment, Mapping[str, float]]:
 
     On a GPU its memory, and the images of the weights that are served stay on the host; on CPU all of it.
     """
-    policy = states(shape, shape.trained, shape.parameters if shape.adapter else 0)
+    policy = states(shape, shape.trained, shape.parameters if shape.adapter else 0, shape.subnetwork)
     model = shape.architecture
     without_head = shape.parameters - (0 if model is None or model.tied else model.vocabulary * model.hidden)
     critic = states(shape, without_head) if shape.critic else NO_STATES

@@ -26,6 +26,7 @@ from rlpost.config import (
     RecipeError,
     Sampled,
     StageConfig,
+    UpdatedEntries,
 )
 from rlpost.memory import PARTS, Architecture, LearnerShape, learner_memory, peak
 
@@ -173,7 +174,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"run directory: {recipe.directory}"
     )
     stages = Group(*(_stage_plan(stage) for stage in recipe.stage))
-    return Group(facts, stages, workers, *([] if shape is None else [_learner_plan(shape)]))
+    return Group(facts, stages, workers, *([] if shape is None else [_learner_plan(recipe, shape)]))
 
 
 def _stage_plan(stage: StageConfig) -> Text:
@@ -241,7 +242,17 @@ def learner_shape(recipe: Recipe, parameters: int | None, trained: int | None) -
         reference=any(_needs_reference(algo) for algo in algos),
         critic=any(isinstance(algo, PPO) for algo in algos),
         serve_width=DTYPE_BYTES[recipe.sampler.dtype],
+        subnetwork=_subnetwork_share(recipe),
     )
+
+
+def _subnetwork_share(recipe: Recipe) -> float | None:
+    """Of the weights, what any stage may change; None when each may change all. How large an update is shows when its
+    stage begins: here it may be all."""
+    chosen = [stage.subnetwork for stage in recipe.stage]
+    if all(choice is None for choice in chosen):
+        return None
+    return max(1.0 if choice is None or isinstance(choice, UpdatedEntries) else choice.density for choice in chosen)
 
 
 def _needs_reference(algo: Algo) -> bool:
@@ -266,12 +277,10 @@ def _architecture(recipe: Recipe) -> Architecture | None:
     return Architecture.of_directory(Path(path)) if (Path(path) / "config.json").is_file() else None
 
 
-def _learner_plan(shape: LearnerShape) -> Table:
+def _learner_plan(recipe: Recipe, shape: LearnerShape) -> Table:
     """Bytes by part and moment; parts that nothing takes are left out."""
     moments = learner_memory(shape)
-    title = "memory of each learner rank (estimate)"
-    if shape.architecture is None:
-        title += ", without activations: the model's sizes are not known yet"
+    title = f"memory of each learner rank (estimate{_caveats(recipe, shape)})"
     table = Table("part", *moments, title=title, title_justify="left")
     for part in PARTS:
         sizes = [parts.get(part, 0.0) for parts in moments.values()]
@@ -279,6 +288,14 @@ def _learner_plan(shape: LearnerShape) -> Table:
             table.add_row(part, *(_size(size) if size else "-" for size in sizes))
     table.add_row("sum", *(_size(sum(parts.values())) for parts in moments.values()))
     return table
+
+
+def _caveats(recipe: Recipe, shape: LearnerShape) -> str:
+    """What the estimate could not know."""
+    caveats = "" if shape.architecture else "; without activations: the model's sizes are not known yet"
+    if any(isinstance(stage.subnetwork, UpdatedEntries) for stage in recipe.stage):
+        caveats += "; with moments of all entries: how many an update has is not known yet"
+    return caveats
 
 
 def learner_line(recipe: Recipe) -> str:
@@ -289,9 +306,9 @@ def learner_line(recipe: Recipe) -> str:
         return "memory of each learner rank: not known before the model is downloaded"
     moment, parts = peak(shape)
     listed = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
-    unknown = "" if shape.architecture else "; activations not known"
     return (
-        f"memory of each learner rank (estimate): {_size(sum(parts.values()))} at most, in {moment}: {listed}{unknown}"
+        f"memory of each learner rank (estimate{_caveats(recipe, shape)}): {_size(sum(parts.values()))} at most, in"
+        f" {moment}: {listed}"
     )
 
 

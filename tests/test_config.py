@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from rlpost.config import GRPO, SFT, SGD, AdamW, Recipe, RecipeError
+from rlpost.memory import learner_memory
 from rlpost.plan import (
     Resources,
     check_resources,
@@ -259,8 +260,29 @@ def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Pat
     shape = learner_shape(recipe, parameters, num_trained(recipe, parameters))
     assert shape is not None and shape.adapter and (shape.trained, shape.width) == (10_240, 2)
     line = learner_line(recipe)
-    assert " at most, in backward: weights 0 MiB, " in line and "activations not known" not in line
+    assert "(estimate): " in line and " at most, in backward: weights 0 MiB, " in line
     assert learner_line(build_recipe(TREE, overrides)).endswith("not known before the model is downloaded")
+
+
+def test_the_memory_plan_is_that_of_the_stage_that_changes_most() -> None:
+    """Without activations, whose sizes a hub's name does not tell, 7 B at 2 bytes for weights, 6 for gradients, 4 for
+    masters, 2 for masks and 8 for the moments of an entry."""
+
+    def plan(*overrides: str) -> tuple[float, str]:
+        recipe = build_recipe(TREE, overrides)
+        shape = learner_shape(recipe, 7_000_000_000, 7_000_000_000)
+        assert shape is not None
+        return learner_memory(shape)["backward"]["optimizer"] / 7e9, learner_line(recipe)
+
+    few, more = (
+        f"stage.{name}.subnetwork={{select='random', density={d}}}" for name, d in (("rl", 0.1), ("warm", 0.25))
+    )
+    assert plan()[0] == 12
+    assert plan(few)[0] == 14  # the first stage trains all
+    assert plan(few, more)[0] == 4 + 2 + 8 * 0.25
+    optimizer, line = plan("stage.rl.subnetwork={select='update', before='a', after='b'}", more)
+    assert optimizer == 14 and "how many an update has is not known yet" in line
+    assert "update" not in plan(few, more)[1]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,25 @@ def test_what_an_optimizer_holds_of_a_thousand_weights(
     assert (found.reduction, found.step) == (reduction, step)
 
 
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "step"),
+    [
+        ({}, 4000 + 2000 + 2000, 4000),
+        ({"ranks": 4}, 1000 + 500 + 1250, 1000),
+        ({"optimizer": "lion"}, 4000 + 1000 + 2000, 4000),
+        ({"zero_stage": 3}, 4000 + 2000 + 2000, 4000 + 4000),
+    ],
+)
+def test_of_a_quarter_of_the_weights_moments_are_a_quarter(changes: dict[str, Any], optimizer: int, step: int) -> None:
+    """Masters and moments, and a byte for the mask of each weight and of each master; before and after the step, 16 bytes
+    for each of the 250 entries. Working weights, gradients and a critic are as without."""
+    found, whole = states(shape(**changes), 1000, subnetwork=0.25), states(shape(**changes), 1000)
+    assert found == dataclasses.replace(whole, optimizer=optimizer, step=step)
+    moments = learner_memory(shape(critic=True, subnetwork=0.25, **changes))
+    assert moments["step"]["optimizer"] == optimizer
+    assert moments["step"]["critic"] == learner_memory(shape(critic=True, **changes))["step"]["critic"]
+
+
 def test_a_bucket_is_bounded_and_frozen_weights_have_nothing_else() -> None:
     found = states(shape(zero_stage=2), 10**9)
     assert found.reduction == 8 * 200_000_000 and found.bucket_share == 0.2

@@ -35,7 +35,7 @@ from rlpost.core.optimizers import AdamW, OptimizerSpec
 from rlpost.core.subnetwork import Coverage, Subnetwork, coverage
 from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
-from rlpost.engines.optimizers import Decay, apply_settings, make_optimizer
+from rlpost.engines.optimizers import TrainedEntries, apply_settings, make_optimizer
 from rlpost.engines.plain_learner import check_finite
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
 from rlpost.engines.reference import Reference
@@ -119,7 +119,7 @@ class DeepSpeedLearner:
         if self._adapter is not None:
             self._scorer.register_state_dict_post_hook(keep_trained)
         self._optimizer_kind = optimizer
-        self._engine, self._decay = self._initialize(self._scorer)
+        self._engine, self._entries = self._initialize(self._scorer)
         self._spec: StageSpec | None = None
         self._reference: Reference | None = None
         self._critic: Any = None
@@ -131,10 +131,7 @@ class DeepSpeedLearner:
 
     def begin_stage(self, spec: StageSpec) -> Coverage:
         self._apply(spec)
-        # In place: DeepSpeed keeps views into these tensors.
-        for state in self._engine.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
+        self._engine.optimizer.state.clear()
         if self._adapter is not None:
             self._adapter.renew(spec.adapter_seed)
             self._engine.optimizer.refresh_fp32_params()
@@ -275,16 +272,18 @@ class DeepSpeedLearner:
         self._end_critic()
         self._engine.destroy()
 
-    def _initialize(self, model: nn.Module) -> tuple[Any, Decay]:
+    def _initialize(self, model: nn.Module) -> tuple[Any, TrainedEntries]:
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer, decay = make_optimizer(trained, self._optimizer_kind)
-        engine = deepspeed.initialize(
+        optimizer, entries = make_optimizer(trained, self._optimizer_kind)
+        engine: Any = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=_config(self._dtype, self._zero_stage, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )[0]
-        return engine, decay
+        # Else it keeps views into the first stage's state, and so its memory, for good.
+        engine.optimizer._hp_optimizer_states_linked = True
+        return engine, entries
 
     def _checkpointing(self, policy: PreTrainedModel) -> PreTrainedModel:
         if self._gradient_checkpointing:
@@ -297,7 +296,7 @@ class DeepSpeedLearner:
         if critic_of(spec.objective) is not None:
             weights = {name: p.cpu() for name, p in self._gathered()}
             policy = self._checkpointing(copy_policy(self._model_path, self._dtype, weights))
-            self._critic, self._critic_decay = self._initialize(ValueModel(policy).train())
+            self._critic, self._critic_entries = self._initialize(ValueModel(policy).train())
             self._apply_critic(spec)
 
     def _end_critic(self) -> None:
@@ -307,7 +306,7 @@ class DeepSpeedLearner:
 
     def _apply_critic(self, spec: StageSpec) -> None:
         if critic := critic_of(spec.objective):
-            apply_settings(spec.optimizer, self._critic.optimizer, self._critic_decay)
+            apply_settings(spec.optimizer, self._critic.optimizer, self._critic_entries)
             self._critic.optimizer.clip_grad = spec.optimizer.max_grad_norm
             for group in self._critic.optimizer.param_groups:
                 group["lr"] = critic.lr
@@ -320,7 +319,7 @@ class DeepSpeedLearner:
             self._reference = Reference(
                 self._score_without_adapter, remember=spec.responses_recur, collective=self._zero_stage == 3
             )
-        apply_settings(spec.optimizer, self._engine.optimizer, self._decay)
+        apply_settings(spec.optimizer, self._engine.optimizer, self._entries)
         self._engine.optimizer.clip_grad = spec.optimizer.max_grad_norm
 
     def _backward(self, loss: Tensor) -> None:
@@ -373,7 +372,7 @@ class DeepSpeedLearner:
         for handle in self._held:
             handle.remove()
         self._masks, self._held = masks, hold_gradients(dict(self._scorer.policy.named_parameters()), masks)
-        self._decay.masks = self._partitioned(masks) if masks else {}
+        self._entries.masks = self._partitioned(masks) if masks else {}
         return coverage(masks)
 
     @torch.no_grad()
@@ -387,7 +386,7 @@ class DeepSpeedLearner:
             partitions = list(optimizer.fp32_partitioned_groups_flat)
         else:
             partitions = [partition for group in optimizer.param_groups for partition in group["params"]]
-        masters = [partition.clone() for partition in partitions]
+        masters = [partition.to("cpu", copy=True) for partition in partitions]
         for partition in partitions:
             partition.zero_()
         named: Iterator[tuple[str, Any]] = self._scorer.policy.named_parameters()

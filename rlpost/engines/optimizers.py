@@ -1,9 +1,9 @@
-"""Optimizers over master weights: torch's where it has them, Lion, and the decay that all of them share."""
+"""Optimizers over master weights: torch's where it has them, Lion, and over which entries they step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlpost.core.optimizers import SGD, AdamW, Lion, OptimizerSpec
 
 SHARED = {"weight_decay", "max_grad_norm"}
-"""Settings that `Decay` and the learner see to."""
+"""Settings that `TrainedEntries` and the learner see to."""
 
 
 class LionOptimizer(torch.optim.Optimizer):
@@ -46,36 +46,65 @@ CLASSES: Mapping[type[OptimizerSpec], Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Decay:
-    """Decoupled weight decay, w <- w (1 - lr x weight_decay), right before the update: what AdamW does itself, here for
-    every optimizer, and only for the weights a mask allows."""
+class TrainedEntries:
+    """What every step of an optimizer is over: all of a master weight, or the K entries that its mask allows.
+
+    They decay right before the update, w <- w (1 - lr x weight_decay): what AdamW does itself, here for every optimizer.
+    For the update a master with a mask lends its place to a copy of its entries, [K], which is then written back: so
+    state is of K as well, and no other entry is touched. Between steps state is filed under the master, as a checkpoint
+    of the optimizer expects it.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.weight_decay = 0.0
         self.masks: Mapping[Tensor, Tensor] = {}
-        """Master weight to a bool mask of its shape; a weight without one decays whole."""
-        optimizer.register_step_pre_hook(self)
+        """Master weight to a bool mask of its shape. The optimizer's state is of the masks it began with."""
+        self._masters: list[list[Tensor]] = []
+        """Of each group, during a step."""
+        optimizer.register_step_pre_hook(self._lend)
+        optimizer.register_step_post_hook(self._write_back)
 
     @torch.no_grad()
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.weight_decay:
-            return
+    def _lend(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._masters = [group["params"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            kept = 1 - group["lr"] * self.weight_decay
-            for master in group["params"]:
-                mask = self.masks.get(master)
-                master.mul_(kept if mask is None else torch.where(mask, kept, 1.0))
+            group["params"] = [self._entries(master, optimizer.state) for master in group["params"]]
+            if self.weight_decay:
+                for entries in group["params"]:
+                    entries.mul_(1 - group["lr"] * self.weight_decay)
+
+    def _entries(self, master: Tensor, state: MutableMapping[Tensor, Any]) -> Tensor:
+        mask = self.masks.get(master)
+        if mask is None:
+            return master
+        assert master.grad is not None, "a step needs a gradient"
+        entries_K = master[mask]
+        entries_K.grad = master.grad[mask]
+        state[entries_K] = state.pop(master, {})
+        return entries_K
+
+    @torch.no_grad()
+    def _write_back(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, masters in zip(optimizer.param_groups, self._masters, strict=True):
+            for master, entries in zip(masters, group["params"], strict=True):
+                if entries is not master:
+                    entries.grad = None
+                    master[self.masks[master]] = entries
+                    optimizer.state[master] = optimizer.state.pop(entries)
+            group["params"] = masters
 
 
-def make_optimizer(parameters: Iterable[Tensor], kind: type[OptimizerSpec]) -> tuple[torch.optim.Optimizer, Decay]:
-    """An optimizer of this kind and the decay that goes before its every step; `apply_settings` says how much of each."""
+def make_optimizer(
+    parameters: Iterable[Tensor], kind: type[OptimizerSpec]
+) -> tuple[torch.optim.Optimizer, TrainedEntries]:
+    """An optimizer of this kind and what its steps are over; `apply_settings` says how far they go."""
     optimizer = CLASSES[kind](parameters, lr=0.0)
-    return optimizer, Decay(optimizer)
+    return optimizer, TrainedEntries(optimizer)
 
 
-def apply_settings(spec: OptimizerSpec, optimizer: Any, decay: Decay) -> None:
+def apply_settings(spec: OptimizerSpec, optimizer: Any, entries: TrainedEntries) -> None:
     """From the next step on; `optimizer` is one of `make_optimizer`, or DeepSpeed's wrapper around one."""
     settings = {key: value for key, value in dataclasses.asdict(spec).items() if key not in SHARED}
     for group in optimizer.param_groups:
         group.update(settings)
-    decay.weight_decay = spec.weight_decay
+    entries.weight_decay = spec.weight_decay

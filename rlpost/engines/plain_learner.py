@@ -50,7 +50,7 @@ class PlainLearner:
         self._held: Sequence[RemovableHandle] = ()
 
     def begin_stage(self, spec: StageSpec) -> Coverage:
-        self._optimizer, self._decay = make_optimizer(self._trained, type(spec.optimizer))
+        self._optimizer, self._entries = make_optimizer(self._trained, type(spec.optimizer))
         self._optimizer.zero_grad()
         self._apply(spec)
         if self._adapter is not None:
@@ -60,8 +60,10 @@ class PlainLearner:
         self._critic, self._critic_optimizer = None, None
         if critic_of(spec.objective) is not None:
             self._critic = ValueModel(copy_policy(self._model_path, torch.float32, self._values())).train()
-            self._critic_optimizer, self._critic_decay = make_optimizer(self._critic.parameters(), type(spec.optimizer))
-            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_decay)
+            self._critic_optimizer, self._critic_entries = make_optimizer(
+                self._critic.parameters(), type(spec.optimizer)
+            )
+            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_entries)
         masks: dict[str, Tensor] = {}
         if spec.subnetwork is not None:
             made = Masks(spec.subnetwork, self._scorer.policy, serve_dtype=self._serve_dtype)
@@ -165,7 +167,7 @@ class PlainLearner:
             critic, critic_optimizer = state["critic"]
             self._critic.load_state_dict(critic)
             self._critic_optimizer.load_state_dict(critic_optimizer)
-            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_decay)
+            apply_settings(spec.optimizer, self._critic_optimizer, self._critic_entries)
         self._train_only(state["masks"])
         torch.set_rng_state(state["rng"])
 
@@ -174,14 +176,14 @@ class PlainLearner:
         self._spec, self._tallies, self._reference = spec, [], None
         if self._adapter is not None and spec.objective.needs_reference:
             self._reference = Reference(self._score_without_adapter, remember=spec.responses_recur)
-        apply_settings(spec.optimizer, self._optimizer, self._decay)
+        apply_settings(spec.optimizer, self._optimizer, self._entries)
 
     def _train_only(self, masks: dict[str, Tensor]) -> Coverage:
         for handle in self._held:
             handle.remove()
         named = dict(self._scorer.policy.named_parameters())
         self._masks, self._held = masks, hold_gradients(named, masks)
-        self._decay.masks = {named[name]: mask for name, mask in masks.items()}
+        self._entries.masks = {named[name]: mask for name, mask in masks.items()}
         return coverage(masks)
 
     def _values(self) -> dict[str, Tensor]:

@@ -58,8 +58,7 @@ def hold_gradients(named: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor
     """From now on the gradient of each weight is 0 off its mask, until the handles are removed.
 
     On the gradient of the whole weight as autograd has it, before any reduction, accumulation, norm or clip: so it is the
-    same under every sharding, and a gradient that moves nothing does not decide how far the rest moves. Optimizer state
-    that begins at 0 stays 0 there, so the update is exactly 0 as well.
+    same under every sharding, and a gradient that moves nothing does not decide how far the rest moves.
     """
     return [named[name].register_hook(partial(_held, mask)) for name, mask in masks.items()]
 

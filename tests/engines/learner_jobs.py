@@ -99,6 +99,8 @@ class Result:
     critic: Mapping[str, Tensor] = field(default_factory=dict)
     """Masters of the critic at the end; empty without one."""
     critic_saved: Mapping[str, Tensor] = field(default_factory=dict)
+    num_state: int = 0
+    """Numbers of optimizer state on this rank at the end."""
 
     @property
     def moved(self) -> Tensor:
@@ -175,6 +177,17 @@ def masters(learner: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(p).clone() for name, p in trained.items()}
+
+
+def learner_optimizer(learner: Any) -> Any:
+    """The one of its policy."""
+    return learner._optimizer if isinstance(learner, PlainLearner) else learner._engine.optimizer
+
+
+def num_state(optimizer: Any) -> int:
+    """How many numbers its state has, step counters aside."""
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim)
 
 
 @torch.no_grad()
@@ -258,6 +271,7 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
         critic_before=critic_before,
         critic=critic_masters(learner),
         critic_saved=critic_saved,
+        num_state=num_state(learner_optimizer(learner)),
     )
     close(learner)
     return result

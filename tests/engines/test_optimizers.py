@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlpost.core.optimizers import SGD, AdamW, Lion, OptimizerSpec
 from rlpost.engines.optimizers import apply_settings, make_optimizer
-from tests.engines.learner_jobs import FULL, PLAIN, SPEC, Job, Kind, Result, run, run_in_children
+from tests.engines.learner_jobs import FULL, PLAIN, SPEC, Job, Kind, Result, num_state, run, run_in_children
 
 
 def take_steps(
@@ -18,8 +22,8 @@ def take_steps(
 ) -> list[list[float]]:
     """The weights after each step."""
     weight = torch.tensor(start, requires_grad=True)
-    optimizer, decay = make_optimizer([weight], type(spec))
-    apply_settings(spec, optimizer, decay)
+    optimizer, entries = make_optimizer([weight], type(spec))
+    apply_settings(spec, optimizer, entries)
     after = []
     for gradient in gradients:
         optimizer.param_groups[0]["lr"] = lr
@@ -64,6 +68,62 @@ def test_two_steps_of_adamw_by_hand() -> None:
     assert first == pytest.approx([0.95 - 0.1])
     update = (0.08 / 0.19) / (0.0496 / 0.0199) ** 0.5
     assert second == pytest.approx([0.85 * 0.95 - 0.1 * update])
+
+
+# -- a mask ------------------------------------------------------------------------------------------------------------
+
+MASKED: dict[str, tuple[OptimizerSpec, int]] = {
+    "adamw": (AdamW(weight_decay=0.1), 2),
+    "lion": (Lion(weight_decay=0.1), 1),
+    "sgd": (SGD(weight_decay=0.1), 1),
+    "sgd-without-momentum": (SGD(momentum=0.0, weight_decay=0.1), 0),
+}
+"""Settings, and how many numbers of state they take for an entry."""
+
+
+def optimize(
+    spec: OptimizerSpec, master_MN: Tensor, mask_MN: Tensor | None, state: dict[str, Any] | None = None
+) -> Callable[[Tensor], torch.optim.Optimizer]:
+    """step(gradient_MN), from the beginning or from a saved state."""
+    master_MN.requires_grad_()
+    optimizer, entries = make_optimizer([master_MN], type(spec))
+    if mask_MN is not None:
+        entries.masks = {master_MN: mask_MN}
+    if state is not None:
+        optimizer.load_state_dict(state)
+    apply_settings(spec, optimizer, entries)
+    optimizer.param_groups[0]["lr"] = 0.01
+
+    def step(gradient_MN: Tensor) -> torch.optim.Optimizer:
+        master_MN.grad = gradient_MN
+        optimizer.step()
+        return optimizer
+
+    return step
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_leaves_a_step_its_entries_alone(name: str) -> None:
+    """Against state for all entries, gradients that are 0 off the mask, and a restored weight there. What is outside
+    keeps its bits, whatever they are and whatever its gradient. After three steps another optimizer goes on from a copy
+    of the state."""
+    spec, numbers = MASKED[name]
+    torch.manual_seed(0)
+    mask_MN = torch.randn(10, 20) > 0.5
+    start_MN = torch.where(mask_MN, torch.randn(10, 20), torch.tensor([torch.nan, -0.0, torch.inf, 1e-40, 2.0] * 4))
+    ours_MN, reference_MN = start_MN.clone(), start_MN.clone()
+    ours, reference = optimize(spec, ours_MN, mask_MN), optimize(spec, reference_MN, None)
+    for step, gradient_MN in enumerate(torch.randn(6, 10, 20)):
+        optimizer = ours(torch.where(mask_MN, gradient_MN, torch.nan))
+        reference(torch.where(mask_MN, gradient_MN, 0.0))
+        with torch.no_grad():
+            reference_MN.copy_(torch.where(mask_MN, reference_MN, start_MN))
+        assert torch.equal(ours_MN.view(torch.int32), reference_MN.view(torch.int32))
+        assert num_state(optimizer) == numbers * int(mask_MN.sum())
+        assert optimizer.param_groups[0]["params"] == [ours_MN] and set(optimizer.state) <= {ours_MN}
+        if step == 2:
+            ours = optimize(spec, ours_MN, mask_MN, copy.deepcopy(optimizer.state_dict()))
+    assert (ours_MN - start_MN)[mask_MN].abs().min() > 0
 
 
 # -- DeepSpeed ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from rlpost.core.optimizers import SGD, AdamW, Lion, OptimizerSpec
 from rlpost.core.subnetwork import PrincipalEntries, RandomEntries, Subnetwork, UpdatedEntries, random_mask
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.pretrained import save_pretrained
+from rlpost.engines.subnetwork import hold_gradients
 from tests.engines.learner_jobs import (
     FULL,
     PLAIN,
@@ -27,8 +31,10 @@ from tests.engines.learner_jobs import (
     Result,
     close,
     free_port,
+    learner_optimizer,
     make_learner,
     masters,
+    num_state,
     run,
     run_in_children,
     train,
@@ -102,6 +108,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "lion": Lion(weight_decay=0.1),
     "sgd": SGD(weight_decay=0.1, max_grad_norm=0.5),
 }
+MOMENTS = {AdamW: 2, Lion: 1, SGD: 1}
 LR = {"adamw": 1e-2, "lion": 1e-6, "sgd": 1e-3}
 CASES = [(kind, "sgd" if kind.zero_stage == 2 else "adamw") for kind in FULL]
 
@@ -109,6 +116,10 @@ CASES = [(kind, "sgd" if kind.zero_stage == 2 else "adamw") for kind in FULL]
 def job_of(kind: Kind, name: str, model_path: Path, subnetwork: Subnetwork | None = THIRD) -> Job:
     spec = replace(SPEC, optimizer=OPTIMIZERS[name], subnetwork=subnetwork)
     return Job(kind, model_path, num_steps=5, spec=spec, lr=LR[name])
+
+
+def num_entries(masks: Mapping[str, Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def check_frozen_and_moved(result: Result, job: Job, expected: Result) -> None:
@@ -136,7 +147,9 @@ def test_frozen_entries_keep_every_bit_and_the_others_take_the_plain_learners_st
     kind: Kind, name: str, tied_model: Path
 ) -> None:
     job = job_of(kind, name, tied_model)
-    check_frozen_and_moved(run(job), job, run(replace(job, kind=PLAIN)))
+    result = run(job)
+    check_frozen_and_moved(result, job, run(replace(job, kind=PLAIN)))
+    assert result.num_state == MOMENTS[type(job.spec.optimizer)] * num_entries(random_masks(result.before))
 
 
 @pytest.mark.engines
@@ -145,9 +158,76 @@ def test_so_they_do_when_several_ranks_cut_the_weights_anywhere(tied_model: Path
     """Three ranks divide no weight of this model evenly: every one is padded."""
     cases = CASES if world_size == 2 else [case for case in CASES if case[0].zero_stage != 2]
     jobs = [job_of(kind, name, tied_model) for kind, name in cases]
-    for rank in run_in_children(jobs, world_size=world_size):
-        for job, result in zip(jobs, rank, strict=True):
+    for job, *ranks in zip(jobs, *run_in_children(jobs, world_size=world_size), strict=True):
+        for result in ranks:
             check_frozen_and_moved(result, job, run(replace(job, kind=PLAIN)))
+        numbers = MOMENTS[type(job.spec.optimizer)] * num_entries(random_masks(ranks[0].before))
+        assert sum(result.num_state for result in ranks) == numbers
+        assert max(result.num_state for result in ranks) < 1.05 * numbers / world_size
+
+
+@pytest.mark.engines
+def test_two_ranks_resume_exactly(tied_model: Path, tmp_path: Path) -> None:
+    """In fresh processes; each of DeepSpeed's three optimizers writes and reads state of its own size."""
+    cases = [case for case in CASES if (case[0].zero_stage == 1) == (case[0].dtype == torch.bfloat16)]
+    jobs = [replace(job_of(kind, name, tied_model), num_steps=3, save=tmp_path / str(kind)) for kind, name in cases]
+    wholes = run_in_children(jobs, world_size=2)
+    rests = run_in_children([replace(job, num_steps=1, load=job.save, save=None) for job in jobs], world_size=2)
+    for whole, rest in zip(chain(*wholes), chain(*rests), strict=True):
+        assert rest.norms == whole.norms[2:] and rest.num_state == whole.num_state > 0
+        assert all(torch.equal(rest.before[name], saved) for name, saved in whole.saved.items())
+        assert all(torch.equal(rest.masters[name], master) for name, master in whole.masters.items())
+        assert any(not torch.equal(whole.saved[name], master) for name, master in whole.masters.items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_its_steps_are_those_of_state_for_all_entries(
+    kind: Kind, name: str, make: Callable[[Job], Any], tied_model: Path
+) -> None:
+    """To the bit: a stage that trains all entries, on gradients that are 0 off the masks. Only its decay would differ."""
+    job = job_of(kind, name, tied_model)
+    job = replace(job, spec=replace(job.spec, optimizer=replace(job.spec.optimizer, weight_decay=0.0)))
+    ours, full = make(job), make(job)
+    ours.begin_stage(job.spec)
+    full.begin_stage(replace(job.spec, subnetwork=None))
+    masks = random_masks(masters(ours))
+    hold_gradients(dict(full._scorer.policy.named_parameters()), masks)
+    for _ in range(4):
+        assert train(ours, job).grad_norm == train(full, job).grad_norm
+    expected = masters(full)
+    assert not any(moved_entries(expected, masters(ours))[name].any() for name in expected)
+    numbers = MOMENTS[type(job.spec.optimizer)]
+    assert num_state(learner_optimizer(ours)) == numbers * num_entries(masks)
+    assert num_state(learner_optimizer(full)) >= numbers * sum(mask.numel() for mask in masks.values())
+
+
+@pytest.mark.parametrize("first", [None, THIRD], ids=["all", "subnetwork"])
+@pytest.mark.parametrize("kind", kinds, indirect=True)
+def test_a_stage_leaves_nothing_of_its_state_to_the_next(
+    kind: Kind, first: Subnetwork | None, make: Callable[[Job], Any], tied_model: Path
+) -> None:
+    """Not in the steps: after a stage at lr 0, which moves nothing, a stage of the other sort is what it is alone. Not in
+    memory either."""
+    second = THIRD if first is None else None
+    job = job_of(kind, "adamw", tied_model, second)
+    fresh = make(job)
+    fresh.begin_stage(job.spec)
+    train(fresh, job)
+    expected = masters(fresh)
+
+    learner = make(job)
+    learner.begin_stage(replace(job.spec, subnetwork=first))
+    train(learner, replace(job, lr=0.0))
+    state = learner_optimizer(learner).state
+    held = [StorageWeakRef(tensor.untyped_storage()) for of in state.values() for tensor in of.values()]
+    assert held
+    del state
+    learner.begin_stage(job.spec)
+    gc.collect()
+    assert all(storage.expired() for storage in held)
+    train(learner, job)
+    assert not any(moved.any() for moved in moved_entries(expected, masters(learner)).values())
 
 
 @pytest.mark.parametrize("kind", kinds, indirect=True)
