@@ -6,7 +6,7 @@
 Weights are bfloat16 roundings of float32 masters of spread 0.02; a step moves each master as Adam does, by lr times a number of
 order 1, with lr such that the stated share of the roundings changes. `int32 + value` is an index and a new value per change, as
 vLLM's sparse transfer engine and TRL send them. Time is this process's own (a shared machine's other work is not in it), and
-a copy of the dense bytes, already in memory, is what applying competes with.
+a copy of the dense bytes, already in memory, is what applying competes with. Encoding computes the checksum of the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
-from rlpost.core.delta import apply_pieces, encode, encode_flat
+from rlpost.core.delta import TensorPatch, apply_pieces, encode, encode_section
 from rlpost.core.patch import PatchWriter, from_bytes
 from rlpost.core.weights import bits
 
@@ -59,6 +59,11 @@ def rate(run: Callable[[], object], num_bytes: int, rounds: int) -> float:
     return num_bytes / best / 1e9
 
 
+def section(before: Tensor, after: Tensor) -> TensorPatch:
+    """As a learner's rank encodes it, which knows the checksum of what it published last."""
+    return encode_section(before, after, shape=tuple(after.shape), before_checksum="known")
+
+
 def by_density(rounds: int) -> None:
     print(
         f"{NUM_ENTRIES:,} bfloat16 entries, {NUM_ENTRIES * 2 >> 20} MiB; sizes as full / size; speeds in GB/s of dense bytes"
@@ -71,12 +76,12 @@ def by_density(rounds: int) -> None:
     for density in DENSITIES:
         lr = lr_for(density)
         after = (weights + lr * steps).bfloat16()
-        pieces, held = encode_flat(before, after), before.clone()
+        pieces, held = section(before, after).pieces, before.clone()
         apply_pieces(pieces, held)
         assert torch.equal(bits(held), bits(after))
         full, changed = after.nbytes, sum(piece.num_changed for piece in pieces)
         size = sum(len(piece.payload) for piece in pieces)
-        encoding = rate(lambda after=after: encode_flat(before, after), full, rounds)
+        encoding = rate(lambda after=after: section(before, after), full, rounds)
         applying = rate(lambda pieces=pieces, held=held: apply_pieces(pieces, held), full, rounds)
         copying = rate(lambda after=after, held=held: held.copy_(after), full, rounds)
         print(

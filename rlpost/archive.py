@@ -7,15 +7,22 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlpost.checkpoint import sync_directory
 from rlpost.core.delta import encode
 from rlpost.core.patch import PatchWriter, WeightPatch, from_bytes, patched_tensor, rebuilt, refuse_removed, write_patch
-from rlpost.engines.pretrained import INDEX, StoredTensors, check_weights, other_files, stream_tensors
-from rlpost.types import WeightUpdate
+from rlpost.engines.pretrained import (
+    INDEX,
+    StoredTensors,
+    check_weights,
+    other_files,
+    save_pretrained,
+    stream_tensors,
+)
+from rlpost.types import WeightImage
 
 
 def diff_directories(before: Path, after: Path, output: Path) -> WeightPatch:
@@ -90,6 +97,10 @@ def read_patch(file: Path) -> WeightPatch:
         raise ValueError(f"{file}: {error}") from error
 
 
+VERSIONS = "versions"
+"""The archive's directory in that of a run."""
+
+
 class VersionArchive:
     """The versions of a run in one directory, a file each: complete, or what changed since another one there.
 
@@ -99,8 +110,18 @@ class VersionArchive:
 
     _NAME = re.compile(r"(\d{8})-(?:complete|from-(\d{8}))\.patch")
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, anchor_every: int = 1) -> None:
+        """
+        Args:
+            anchor_every: versions from one that is complete to the next, by which a reader's work is bounded.
+        """
+        self._path, self._anchor_every = path, anchor_every
+
+    @property
+    def needs_complete(self) -> bool:
+        """Whether the next version should be complete."""
+        bases = self._bases()
+        return not bases or len(_chain(bases, max(bases))) >= self._anchor_every
 
     @property
     def versions(self) -> list[int]:
@@ -144,16 +165,13 @@ class VersionArchive:
             )
         return patch
 
-    def rebuild(self, version: int) -> WeightUpdate:
+    def rebuild(self, version: int) -> WeightImage:
         """That version, exactly: in one image of the weights, proved by the checksum of every tensor.
 
         Raises:
             ValueError: naming the version that is missing or the file that is damaged on the way to it.
         """
-        bases, chain = self._bases(), [version]
-        while (base := bases.get(chain[-1])) is not None:
-            chain.append(base)
-        return rebuilt(self.patch(number) for number in reversed(chain))
+        return rebuilt(self.patch(number) for number in reversed(_chain(self._bases(), version)))
 
     def _bases(self) -> dict[int, int | None]:
         """Version to the version its file applies to."""
@@ -164,6 +182,32 @@ class VersionArchive:
 
     def _file(self, version: int, base: int | None) -> Path:
         return self._path / f"{version:08d}-{'complete' if base is None else f'from-{base:08d}'}.patch"
+
+
+def checkout(run_dir: Path, version: int, output: Path) -> None:
+    """Write a version of the run's archive as a model directory; what is no weight is that of the model the run began with.
+
+    Raises:
+        ValueError: when `output` is there already, the run has no such version, or its first model is gone.
+    """
+    if output.exists():
+        raise ValueError(f"{output} is there already: remove it, or write to another place")
+    archive = VersionArchive(run_dir / VERSIONS)
+    if not archive.versions:
+        raise ValueError(f"{run_dir} has no archive: a run keeps its versions with publish.archive={{}}")
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    model_path = Path(next(row["model"] for row in reversed(rows) if row["event"] == "ready"))
+    if not model_path.is_dir():
+        raise ValueError(f"{model_path}, whose config and tokenizer the run in {run_dir} uses, is gone: bring it back")
+    save_pretrained(archive.rebuild(version).tensors, model_path, output)
+
+
+def _chain(bases: Mapping[int, int | None], version: int) -> list[int]:
+    """The version, the one it applies to, and so on back to a complete one."""
+    chain = [version]
+    while (base := bases.get(chain[-1])) is not None:
+        chain.append(base)
+    return chain
 
 
 def _ranges(versions: list[int]) -> str:

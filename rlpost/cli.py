@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     patch.add_argument("patch", type=Path)
     patch.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
 
+    checkout = commands.add_parser("checkout", help="write a version that a run has archived as a model directory")
+    checkout.add_argument("run_dir", type=Path)
+    checkout.add_argument("--version", type=int, required=True, dest="number", metavar="N", help="optimizer steps")
+    checkout.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+
     arguments = parser.parse_args(argv)
     # An exception in the middle of an import can get lost there; until `run_recipe` there is nothing to clean up.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -54,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _diff(arguments)
         if arguments.command == "patch":
             return _patch(arguments)
+        if arguments.command == "checkout":
+            return _checkout(arguments)
         return _doctor()
     except KeyboardInterrupt:
         return _stopped("interrupted", exit_codes.INTERRUPTED)
@@ -130,11 +137,26 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _patch(arguments: argparse.Namespace) -> int:
     from rlpost.archive import patch_directory
 
+    if not arguments.patch.is_file():
+        return _stopped(f"{arguments.patch} is no file: `rlpost diff` writes patches", exit_codes.USAGE)
     try:
         patch_directory(arguments.before, arguments.patch, arguments.output)
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
     sys.stdout.write(f"{arguments.output}: every tensor has the checksum that the patch states\n")
+    return 0
+
+
+def _checkout(arguments: argparse.Namespace) -> int:
+    from rlpost.archive import checkout
+
+    try:
+        checkout(arguments.run_dir, arguments.number, arguments.output)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    sys.stdout.write(
+        f"{arguments.output}: every tensor has the checksum with which version {arguments.number} was published\n"
+    )
     return 0
 
 

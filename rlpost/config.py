@@ -223,6 +223,20 @@ class LearnerConfig(Table):
     optimizer: OptimizerConfig = AdamW(name="adamw")
 
 
+class ArchiveConfig(Table):
+    """Keep every published version in run_dir/versions, for `rlpost checkout`."""
+
+    anchor_every: Positive = 50
+    """Versions from one that is kept whole to the next; those between are kept as changes, and rebuilt from it."""
+
+
+class PublishConfig(Table):
+    encoding: Literal["delta", "full"] = "delta"
+    """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
+    another version gets all of them. full: every version whole."""
+    archive: ArchiveConfig | None = None
+
+
 class MathVerifierConfig(Table):
     workers: Positive = 1
     """Responses judged at a time, each in a child process of its own."""
@@ -618,6 +632,7 @@ class Recipe(Table):
     sampler: SamplerConfig = SamplerConfig()
     learner: LearnerConfig = LearnerConfig()
     verifier: VerifierConfig = VerifierConfig()
+    publish: PublishConfig = PublishConfig()
     tracking: TrackingConfig = TrackingConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     checkpoint_every: Annotated[int, Field(ge=0)] = 0

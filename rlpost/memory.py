@@ -214,13 +214,14 @@ def logits_workspace_bytes(shape: LearnerShape) -> float:
 def learner_memory(shape: LearnerShape) -> Mapping[Moment, Mapping[str, float]]:
     """Bytes of one rank by moment and part; the learner's peak is the largest sum.
 
-    On a GPU its memory, and the images of the weights that are served stay on the host; on CPU all of it.
+    On CPU all of it. On a GPU that of the GPU: the image of what was published, `serve_width` bytes for each of the rank's
+    weights, is in the host's memory, as is what changed while it is exported.
     """
     policy = states(shape, shape.trained, shape.parameters if shape.adapter else 0, shape.subnetwork)
     model = shape.architecture
     without_head = shape.parameters - (0 if model is None or model.tied else model.vocabulary * model.hidden)
     critic = states(shape, without_head) if shape.critic else NO_STATES
-    image = 0.0 if shape.on_gpu else float(shape.serve_width * shape.parameters)
+    image = 0.0 if shape.on_gpu else shape.serve_width * shape.parameters / shape.ranks
     activations, layer = activation_bytes(shape), layer_workspace_bytes(shape)
     held = {
         "weights": policy.weights,
@@ -241,7 +242,7 @@ def learner_memory(shape: LearnerShape) -> Mapping[Moment, Mapping[str, float]]:
             "workspace": policy.reduction,
         },
         "step": {**held, "workspace": max(policy.step, critic.step)},
-        "export": {**held, "image": 2 * image},  # the next one beside the last one
+        "export": {**held, "image": 2 * image},  # beside it what changed, in as many bytes at most
     }
     return moments
 

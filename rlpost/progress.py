@@ -24,6 +24,7 @@ EVENT_LINES = {
     "subnetwork": ("stage {stage} trains {density:.2%} of the entries", ""),
     "sampler_lost": ("{worker} was lost during {phase}: {detail}", "bold red"),
     "sampler_restarted": ("{worker} is back with version {version}", "green"),
+    "update_refused": ("{worker} refused version {version}: {detail}", "bold yellow"),
     "group_failed": ("group of {prompt} failed ({failure}): {detail}", "yellow"),
     "rollouts_unjudged": ("{rollouts} rollouts of {prompt} could not be judged: {detail}", "yellow"),
     "stragglers_deferred": ("step {step} goes on without its stragglers; they train later", "yellow"),

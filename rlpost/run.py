@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from rlpost import exit_codes
+from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.checkpoint import RunCheckpoints
 from rlpost.config import GeneratedData, Recipe, RecipeError
 from rlpost.data.sources import local_file
@@ -63,6 +64,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
             sampler=recipe.sampler,
             learner=recipe.learner,
             verifier=recipe.verifier,
+            publish=recipe.publish,
             max_model_len=max_model_len(recipe),
             log_dir=run_dir / "logs",
         )
@@ -128,6 +130,11 @@ def _supervise(
         fingerprints=[stage.prompts.fingerprint for stage in plan.stages],
         on_event=lambda name, **details: tracker.log("event", {"event": name, **details}),
     )
+    archive = None
+    if recipe.publish.archive is not None:
+        archive = VersionArchive(run_dir / VERSIONS, anchor_every=recipe.publish.archive.anchor_every)
+        # The version a run continues from is published anew, whole.
+        archive.forget_after((plan.start.position.step if plan.start else 0) - 1)
     controller = Controller(
         plan.stages,
         workers,
@@ -135,6 +142,7 @@ def _supervise(
         checkpoints,
         _settings(recipe),
         eval_sets=plan.eval_sets,
+        archive=archive,
         start=plan.start.position if plan.start else None,
         load_from=plan.start.learner_path if plan.start else None,
     )

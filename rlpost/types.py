@@ -1,8 +1,8 @@
 """The records that flow through the pipeline, and nothing else.
 
 A `Prompt` is sampled into G `Rollout`s, which form a `RolloutGroup`; groups become `TrainingBatch`es (micro-batches of one
-optimizer step); a step ends in a `WeightUpdate`. Axes: B rows, T token positions, L tokens of one sequence, G rollouts of a
-prompt.
+optimizer step); a step ends in a version of the weights. Axes: B rows, T token positions, L tokens of one sequence, G rollouts
+of a prompt.
 """
 
 from __future__ import annotations
@@ -119,18 +119,16 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightUpdate:
-    """One published policy version, complete.
+class WeightImage:
+    """One policy version, whole.
 
     Example:
-        WeightUpdate(version=8, tensors={"model.norm.weight": ...}, checksums={"model.norm.weight": "9f2c..."})
+        WeightImage(version=8, tensors={"model.norm.weight": ...})
     """
 
     version: int
     tensors: Mapping[str, Tensor]
     """Checkpoint name to tensor, in the dtype the samplers serve."""
-    checksums: Mapping[str, str]
-    """Checkpoint name to `core.weights.checksum` of the bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

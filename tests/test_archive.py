@@ -19,7 +19,7 @@ from rlpost.archive import VersionArchive, diff_directories, patch_directory, re
 from rlpost.core.patch import diff
 from rlpost.core.weights import bits, checksum
 from rlpost.engines.pretrained import SAFETENSORS_DTYPES, stream_tensors
-from rlpost.types import WeightUpdate
+from rlpost.types import WeightImage
 
 Shards = Mapping[str, Mapping[str, Tensor]]
 
@@ -100,7 +100,10 @@ def test_a_patched_directory_is_one_that_transformers_loads(tiny_model: Path, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: bits(t["norm"]).add_(1), "^norm, patched to version 1: the patch applies to a tensor with checksum"),
+        (
+            lambda t: bits(t["norm"]).add_(1),
+            "^norm, patched to version 1: the patch applies to entries 0 to 8 with checksum",
+        ),
         (
             lambda t: t.update(norm=torch.ones(4, 2)),
             r"^norm, patched .* shape \(8,\), and torch.float32 of \(4, 2\) is held",
@@ -172,6 +175,8 @@ def test_the_commands_say_what_they_did_and_what_the_patch_leaves_out(
     assert same_bytes(read_model(tmp_path / "out"), read_model(tmp_path / "b"))
     assert cli.main(["patch", b, patch, "-o", out + "2"]) == exit_codes.USAGE
     assert "rlpost: embed, patched to version 1: the patch applies to" in capsys.readouterr().err
+    assert cli.main(["patch", a, patch + "2", "-o", out + "2"]) == exit_codes.USAGE
+    assert f"rlpost: {patch}2 is no file" in capsys.readouterr().err
     assert cli.main(["diff", a, str(tmp_path / "none"), "-o", patch + "2"]) == exit_codes.USAGE
 
 
@@ -187,7 +192,7 @@ def test_a_streamed_file_is_read_by_safetensors_in_every_dtype(tmp_path: Path) -
     assert same_bytes(load_file(tmp_path / "t.safetensors"), tensors)
 
 
-def versions(count: int) -> list[WeightUpdate]:
+def versions(count: int) -> list[WeightImage]:
     random = np.random.default_rng(0)
     tensors = {"a": torch.from_numpy(random.normal(0, 0.02, 400)).bfloat16(), "b": torch.ones(3)}
     found = []
@@ -195,16 +200,15 @@ def versions(count: int) -> list[WeightUpdate]:
         if number:
             moved = torch.from_numpy((random.random(400) < 0.05).astype(np.int16))
             tensors = {"a": (bits(tensors["a"]) + moved).view(torch.bfloat16), "b": tensors["b"] + 1}
-        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        found.append(WeightUpdate(version=number, tensors=tensors, checksums=checksums))
+        found.append(WeightImage(version=number, tensors=tensors))
     return found
 
 
-def archived(path: Path, published: list[WeightUpdate]) -> VersionArchive:
+def archived(path: Path, published: list[WeightImage]) -> VersionArchive:
     """Complete at 0 and 5, changes in between."""
     archive = VersionArchive(path)
-    for number, update in enumerate(published):
-        archive.append(diff(None if number % 5 == 0 else published[number - 1], update))
+    for number, image in enumerate(published):
+        archive.append(diff(None if number % 5 == 0 else published[number - 1], image))
     return archive
 
 
@@ -212,10 +216,10 @@ def test_any_version_of_an_archive_is_rebuilt_exactly(tmp_path: Path) -> None:
     published = versions(8)
     archive = archived(tmp_path / "v", published)
     assert archive.versions == list(range(8))
-    for update in published:
-        rebuilt = archive.rebuild(update.version)
-        assert rebuilt.version == update.version and rebuilt.checksums == update.checksums
-        assert same_bytes(rebuilt.tensors, update.tensors)
+    for image in published:
+        rebuilt = archive.rebuild(image.version)
+        assert rebuilt.version == image.version
+        assert same_bytes(rebuilt.tensors, image.tensors)
 
 
 def test_a_gap_a_damaged_file_and_a_wrong_name_are_named_and_harm_only_what_needs_them(tmp_path: Path) -> None:
@@ -261,6 +265,25 @@ def test_a_resumed_run_makes_later_versions_again(tmp_path: Path) -> None:
     archive = archived(tmp_path / "v", published[:5])
     archive.forget_after(2)
     assert archive.versions == [0, 1, 2]
-    again = WeightUpdate(version=3, tensors=published[7].tensors, checksums=published[7].checksums)
+    again = WeightImage(version=3, tensors=published[7].tensors)
     archive.append(diff(published[2], again))
     assert same_bytes(archive.rebuild(3).tensors, published[7].tensors)
+
+
+def test_checkout_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    command = ["checkout", str(run_dir), "--version", "9", "-o", str(out)]
+    assert cli.main(command) == exit_codes.USAGE
+    assert "has no archive: a run keeps its versions with publish.archive={}" in capsys.readouterr().err
+    archived(run_dir / "versions", versions(3))
+    model = tmp_path / "model"
+    (run_dir / "events.jsonl").write_text(json.dumps({"event": "ready", "model": str(model)}) + "\n")
+    assert cli.main(command) == exit_codes.USAGE
+    assert f"{model}, whose config and tokenizer the run in" in capsys.readouterr().err
+    model.mkdir()
+    assert cli.main(command) == exit_codes.USAGE
+    assert "does not hold version 9: it holds 0 to 2" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    assert cli.main(command) == exit_codes.USAGE
+    assert "is there already" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from rlpost import cli
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "model.build.hidden_size=64",
@@ -112,7 +114,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
 
 def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[..., Command]) -> None:
-    run = command(*SMALL)
+    run = command(*SMALL, "publish.archive.anchor_every=4")
     assert run.finish() == 0, run.text()[-3000:]
     rows = run.rows()
     assert [row["stage"] for row in rows] == ["warmup"] * 6 + ["math"] * 6 + ["code"] * 4
@@ -137,6 +139,16 @@ def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[...
     ids = tokenizer("Compute 347+28.\n", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
     assert "What was learned" in run.text()
+    for version, stage in ((12, "math"), (16, "code")):
+        out = run.run_dir / f"version-{version}"
+        assert cli.main(["checkout", str(run.run_dir), "--version", str(version), "-o", str(out)]) == 0
+        assert (out / "model.safetensors").read_bytes() == (
+            run.run_dir / "exports" / stage / "model.safetensors"
+        ).read_bytes()
+    changes = {row["publish/version"]: row for row in sampled if "publish/unchanged_fraction" in row}
+    assert changes.keys() >= set(range(7, 16)) and all(
+        r["publish/bytes"] < r["publish/full_bytes"] for r in changes.values()
+    )
 
 
 def test_a_killed_sampler_is_replaced_and_a_killed_learner_ends_the_run_with_its_name_and_a_way_on(

@@ -31,7 +31,7 @@ ALLOWED = {
     "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive"},
     "run_directory": {"config", "checkpoint", "engines", "pipeline", "tracking"},
     "stages": {"types", "core", "config", "data", "engines", "pipeline", "checkpoint"},
-    "run": {"config", "exit_codes", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
+    "run": {"archive", "config", "exit_codes", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
 }  # fmt: skip
 ONLY_IN = {
     "vllm": "rlpost/engines/vllm_",

@@ -128,6 +128,10 @@ def test_moments_by_hand() -> None:
         moments["backward"],
     )
 
+    of_four = learner_memory(shape(ranks=4))
+    assert (
+        of_four["backward"]["image"] == 500 and of_four["export"]["image"] == 1000
+    )  # each its part of what is published
     on_gpu = learner_memory(shape(on_gpu=True, reference=True, adapter=True, trained=10))
     assert on_gpu["export"]["image"] == on_gpu["export"]["reference"] == 0  # on the host; the adapter is switched off
     unknown = learner_memory(shape(architecture=None))

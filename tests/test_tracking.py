@@ -24,7 +24,7 @@ from rlpost.pipeline.controller import RunSettings
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import Export
-from rlpost.pipeline.step_metrics import StepRecord, step_metrics
+from rlpost.pipeline.step_metrics import Published, StepRecord, step_metrics
 from rlpost.progress import EVENT_LINES, Progress, eval_line, event_line, step_line
 from rlpost.tracking import FILES, RunTracker, WandbOptions, plain, read_rows, resolve_mode, run_ended
 from rlpost.types import GroupSummary, Judgement, Prompt
@@ -589,8 +589,13 @@ def full_record() -> StepRecord:
         evaluating_s=0.0,
         waited_s=0.5,
         buffer={"in_flight": 1, "buffered": 2, "admitted": 9, "trained": 4, "filtered": 1, "failed": 1},
-        export=Export(version=8, handle=None, num_bytes=100, unchanged_fraction=0.9),
-        publish_s=0.1,
+        published=Published(
+            export=Export(
+                version=7, base=6, handles=(None,), num_bytes=9, full_bytes=200, num_changed=10, num_values=100
+            ),
+            export_s=0.1,
+            update_s=0.2,
+        ),
         worker_seconds={"learner": {"wait": 1.0, "begin_stage": 1.0}, "sampler-0": {"generate": 2.0}},
     )
 

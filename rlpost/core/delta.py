@@ -1,8 +1,8 @@
 """What changed between two tensors, bit for bit, in the fewest bytes; and how to change a tensor in place.
 
 Bits are compared as integers, so -0.0 and NaN payloads are values like others, and differences of bits are exact modulo 2^w. A
-piece covers at most `CHUNK` entries: memory is bounded, indices stay far below 2^31, and a learner rank encodes its own flat
-shard. N flat entries, K changed ones.
+piece covers at most `CHUNK` entries: memory is bounded, and indices stay far below 2^31. A rank of a sharded learner encodes
+its own section of each tensor; patches of sections join into one of the tensor. N flat entries, K changed ones.
 """
 
 from __future__ import annotations
@@ -46,20 +46,39 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPatch:
-    """All that changed in one tensor. Ranges without a change have no piece.
+class Section:
+    """Entries [start, stop) of a flattened tensor that one checksum vouches for: all of it, or what one rank encoded.
 
     Example:
-        TensorPatch(shape=(2, 3), dtype=torch.bfloat16, pieces=(), before="9f2c...", after="9f2c...")
+        Section(start=0, stop=6, before="9f2c...", after="03ab...")
+    """
+
+    start: int
+    stop: int
+    before: str | None
+    """`core.weights.checksum` of the entries it applies to; None when it needs none: its pieces are raw and cover it all."""
+    after: str
+    """That of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPatch:
+    """All that changed in one tensor, or in some sections of it. Ranges without a change have no piece.
+
+    Example:
+        TensorPatch(shape=(2, 3), dtype=torch.bfloat16, pieces=(), sections=(Section(start=0, stop=6, ...),))
     """
 
     shape: tuple[int, ...]
+    """Of the whole tensor."""
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
-    before: str | None
-    """`core.weights.checksum` of the tensor it applies to; None when it needs none: its pieces are raw and cover it all."""
-    after: str
-    """`core.weights.checksum` of the result."""
+    """Ascending, each inside one section."""
+    sections: tuple[Section, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -67,8 +86,8 @@ class TensorPatch:
 
     @property
     def full_bytes(self) -> int:
-        """Of the tensor itself."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Of the sections themselves."""
+        return sum(section.stop - section.start for section in self.sections) * self.dtype.itemsize
 
     @property
     def num_changed(self) -> int:
@@ -79,31 +98,79 @@ def encode(before: Tensor | None, after: Tensor) -> TensorPatch:
     """From `before` to `after`; whole without a `before` of its shape and dtype. Payloads never exceed the bytes of `after`."""
     if before is not None and (before.shape, before.dtype) != (after.shape, after.dtype):
         before = None
-    pieces = encode_flat(None if before is None else before.flatten(), after.flatten())
-    return TensorPatch(
-        shape=tuple(after.shape),
-        dtype=after.dtype,
-        pieces=pieces,
-        before=None if before is None or _is_complete(pieces, after.numel()) else checksum(before),
-        after=checksum(after),
-    )
+    base = None if before is None else before.flatten()
+    return encode_section(base, after.flatten(), shape=tuple(after.shape))
 
 
-def encode_flat(before_N: Tensor | None, after_N: Tensor, start: int = 0) -> tuple[Piece, ...]:
-    """Pieces of one flat range whose first entry is entry `start` of its tensor: a whole one, or a rank's shard of it.
+def encode_section(
+    before_N: Tensor | None,
+    after_N: Tensor,
+    *,
+    shape: tuple[int, ...],
+    start: int = 0,
+    before_checksum: str | None = None,
+    compress: bool = True,
+) -> TensorPatch:
+    """From `before_N` to `after_N`, the N entries from `start` on of a flattened tensor of `shape`.
 
     Chunks go to the CPU one at a time, wherever the tensors are.
+
+    Args:
+        before_checksum: that of `before_N`, from whoever knows it; None: it is computed.
+        compress: False leaves new values as they are, for a receiver on the same host. Such a payload is a view of
+            `after_N`, good only until that changes.
     """
     assert after_N.ndim == 1
-    assert before_N is None or (before_N.shape == after_N.shape and before_N.dtype == after_N.dtype)
+    assert before_N is None or (before_N.shape, before_N.dtype) == (after_N.shape, after_N.dtype)
     writer, pieces = PlaneWriter(), []
     for low in range(0, len(after_N), CHUNK):
         after = _unsigned(after_N[low : low + CHUNK].cpu())
         before = None if before_N is None else _unsigned(before_N[low : low + CHUNK].cpu())
-        piece = _encode_chunk(before, after, start + low, writer)
+        if before is None and not compress:
+            piece = _bare(after, start + low)
+        else:
+            piece = _encode_chunk(before, after, start + low, writer)
         if piece is not None:
             pieces.append(piece)
-    return tuple(pieces)
+    needs_base = before_N is not None and not _covers(pieces, start, start + len(after_N))
+    section = Section(
+        start=start,
+        stop=start + len(after_N),
+        before=(before_checksum or checksum(before_N)) if before_N is not None and needs_base else None,
+        after=checksum(after_N),
+    )
+    return TensorPatch(shape=shape, dtype=after_N.dtype, pieces=tuple(pieces), sections=(section,))
+
+
+def joined(parts: Sequence[TensorPatch]) -> TensorPatch:
+    """The patch of a tensor from those of its sections, each by another rank.
+
+    Raises:
+        ValueError: when they are not of one tensor, or their sections are not all of it, once.
+    """
+    shape, dtype = parts[0].shape, parts[0].dtype
+    if any((part.shape, part.dtype) != (shape, dtype) for part in parts):
+        raise ValueError(f"its sections are of tensors of {sorted({str((*p.shape, p.dtype)) for p in parts})}")
+    sections = sorted((section for part in parts for section in part.sections), key=lambda s: (s.start, s.stop))
+    pieces = sorted((piece for part in parts for piece in part.pieces), key=lambda p: p.start)
+    patch = TensorPatch(shape=shape, dtype=dtype, pieces=tuple(pieces), sections=tuple(sections))
+    check_sections(patch)
+    return patch
+
+
+def check_sections(patch: TensorPatch) -> None:
+    """Raises ValueError unless the sections are the tensor, entry by entry, and those without a base are sent whole."""
+    end = 0
+    for section in patch.sections:
+        if section.start != end:
+            raise ValueError(f"a section starts at entry {section.start} and the one before it ends at {end}")
+        end = section.stop
+        if section.before is None and not _covers(patch.pieces, section.start, section.stop):
+            raise ValueError(
+                f"the patch states no base for entries {section.start} to {section.stop}, and its pieces do not cover them"
+            )
+    if end != patch.numel:
+        raise ValueError(f"its sections end at entry {end} of a tensor of shape {patch.shape}")
 
 
 def _encode_chunk(before: np.ndarray | None, after: np.ndarray, start: int, writer: PlaneWriter) -> Piece | None:
@@ -131,6 +198,11 @@ def _encode_chunk(before: np.ndarray | None, after: np.ndarray, start: int, writ
     return Piece(start=start, stop=start + after.size, encoding=encoding, num_changed=num_changed, payload=payload)
 
 
+def _bare(after: np.ndarray, start: int) -> Piece:
+    payload = after.data.cast("B")
+    return Piece(start=start, stop=start + after.size, encoding="raw", num_changed=after.size, payload=payload)
+
+
 def _positions(changed: np.ndarray, num_changed: int) -> np.ndarray:
     """[K] where `changed` is True. numpy asks every entry; where few changed, asking eight at a time first is faster."""
     if changed.size % 8 or num_changed > changed.size // 50:
@@ -147,23 +219,34 @@ def apply(patch: TensorPatch, held: Tensor | None) -> Tensor:
     Raises:
         ValueError: when `held` is not what the patch applies to, a piece is broken, or the result is not what was encoded.
     """
-    if patch.before is None:
-        if not _is_complete(patch.pieces, math.prod(patch.shape)):
-            raise ValueError(f"the patch states no base, and its pieces do not cover a tensor of shape {patch.shape}")
+    check_sections(patch)
+    if all(section.before is None for section in patch.sections):
         result = torch.empty(patch.shape, dtype=patch.dtype)
     else:
         base = fitting(patch, held).detach().cpu()
-        if (found := checksum(base)) != patch.before:
-            raise ValueError(
-                f"the patch applies to a tensor with checksum {patch.before}, and one with {found} is held"
-            )
-        if not patch.pieces and patch.before == patch.after:
+        base_N = base.flatten()
+        for section in patch.sections:
+            found = checksum(base_N[section.start : section.stop])
+            if section.before not in (None, found):
+                raise ValueError(
+                    f"the patch applies to entries {section.start} to {section.stop} with checksum {section.before}, and"
+                    f" {found} is held"
+                )
+        if not patch.pieces and all(section.before == section.after for section in patch.sections):
             return base
         result = base.clone(memory_format=torch.contiguous_format)
     apply_pieces(patch.pieces, result.view(-1))
-    if (found := checksum(result)) != patch.after:
-        raise ValueError(f"the patched tensor's checksum is {found}, and {patch.after} was published")
+    check_result(patch, result.view(-1))
     return result
+
+
+def check_result(patch: TensorPatch, held_N: Tensor) -> None:
+    """Raises ValueError unless every section of the flat `held_N` has the bytes that were encoded."""
+    for section in patch.sections:
+        if (found := checksum(held_N[section.start : section.stop])) != section.after:
+            raise ValueError(
+                f"entries {section.start} to {section.stop} have checksum {found}, and {section.after} was published"
+            )
 
 
 def fitting(patch: TensorPatch, held: Tensor | None) -> Tensor:
@@ -220,9 +303,10 @@ def _decoded(piece: Piece, held: np.ndarray) -> Callable[[], None]:
     return write
 
 
-def _is_complete(pieces: Sequence[Piece], numel: int) -> bool:
-    """Whether they say all that is to know of a tensor."""
-    return all(piece.encoding == "raw" for piece in pieces) and sum(p.stop - p.start for p in pieces) == numel
+def _covers(pieces: Sequence[Piece], start: int, stop: int) -> bool:
+    """Whether they say all that is to know of entries [start, stop)."""
+    inside = [piece for piece in pieces if start <= piece.start < stop]
+    return all(piece.encoding == "raw" for piece in inside) and sum(p.stop - p.start for p in inside) == stop - start
 
 
 def _unsigned(flat: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,14 +19,31 @@ import xxhash
 import zstandard
 from torch import Tensor
 
-from rlpost.core.delta import Piece, TensorPatch, apply, apply_pieces, encode, fitting
+from rlpost.core.delta import (
+    Piece,
+    Section,
+    TensorPatch,
+    apply,
+    apply_pieces,
+    check_result,
+    check_sections,
+    encode,
+    fitting,
+    joined,
+)
 from rlpost.core.payloads import Buffer
-from rlpost.core.weights import checksum
-from rlpost.types import WeightUpdate
+from rlpost.types import WeightImage
 
 MAGIC = b"rlpatch1"
 _MANIFEST_LENGTH = struct.Struct("<Q")
 _DIGEST_BYTES = 16
+
+
+class UpdateRefused(Exception):
+    """A sampler could not prove that it holds what was published; names the tensor or the version, and why.
+
+    Nothing is decoded with what it holds now. A complete update puts it right.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +61,6 @@ class WeightPatch:
     """Checkpoint name to patch, of every tensor of the version, those without a change too."""
 
     @property
-    def checksums(self) -> dict[str, str]:
-        """Of every tensor of the version."""
-        return {name: tensor.after for name, tensor in self.tensors.items()}
-
-    @property
     def num_bytes(self) -> int:
         """Of its payloads."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
@@ -58,8 +70,18 @@ class WeightPatch:
         """Entries whose bits changed; all those of a tensor without a base."""
         return sum(tensor.num_changed for tensor in self.tensors.values())
 
+    @property
+    def full_bytes(self) -> int:
+        """Of the tensors themselves, or of the sections it has of them."""
+        return sum(tensor.full_bytes for tensor in self.tensors.values())
 
-def diff(base: WeightUpdate | None, target: WeightUpdate) -> WeightPatch:
+    @property
+    def num_values(self) -> int:
+        """Entries of the tensors themselves, or of the sections it has of them."""
+        return sum(tensor.full_bytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+
+
+def diff(base: WeightImage | None, target: WeightImage) -> WeightPatch:
     """From `base` to `target`. Added tensors, and those of another shape or dtype, are whole; so is everything without a base.
 
     Raises:
@@ -71,7 +93,7 @@ def diff(base: WeightUpdate | None, target: WeightUpdate) -> WeightPatch:
     return WeightPatch(version=target.version, base=None if base is None else base.version, tensors=tensors)
 
 
-def patched(base: WeightUpdate | None, patch: WeightPatch) -> WeightUpdate:
+def patched(base: WeightImage | None, patch: WeightPatch) -> WeightImage:
     """The version that `patch` leads to. Tensors without a change are shared with `base`, which stays as it is.
 
     Raises:
@@ -83,22 +105,43 @@ def patched(base: WeightUpdate | None, patch: WeightPatch) -> WeightUpdate:
         held = {} if base is None else base.tensors
     refuse_removed(held, patch.tensors)
     tensors = {name: patched_tensor(patch, name, held.get(name)) for name in patch.tensors}
-    return WeightUpdate(version=patch.version, tensors=tensors, checksums=patch.checksums)
+    return WeightImage(version=patch.version, tensors=tensors)
+
+
+def joined_patch(parts: Sequence[WeightPatch]) -> WeightPatch:
+    """One version from what each rank of a learner encoded of it.
+
+    Raises:
+        ValueError: when they are of different versions, or a tensor is not whole.
+    """
+    versions = {(part.version, part.base) for part in parts}
+    if len(versions) != 1:
+        raise ValueError(f"the parts are of different (version, base): {sorted(versions, key=str)}")
+    ((version, base),) = versions
+    of_tensor: dict[str, list[TensorPatch]] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            of_tensor.setdefault(name, []).append(tensor)
+    tensors = {}
+    for name, patches in of_tensor.items():
+        with naming(name, version):
+            tensors[name] = joined(patches)
+    return WeightPatch(version=version, base=base, tensors=tensors)
 
 
 def patched_tensor(patch: WeightPatch, name: str, held: Tensor | None) -> Tensor:
     """One tensor of `patched`; raises ValueError naming it."""
-    with _naming(name, patch.version):
+    with naming(name, patch.version):
         return apply(patch.tensors[name], held)
 
 
-def rebuilt(patches: Iterable[WeightPatch]) -> WeightUpdate:
+def rebuilt(patches: Iterable[WeightPatch]) -> WeightImage:
     """The version that a chain of patches leads to: the first complete, each other one applying to the one before it.
 
     One image, changed in place; its checksums are compared once, at the end.
 
     Raises:
-        ValueError: when the chain has a gap or a piece is broken, or naming the tensors that are not as published.
+        ValueError: when the chain has a gap or a piece is broken, or naming the tensor that is not as published.
     """
     tensors: dict[str, Tensor] = {}
     last: WeightPatch | None = None
@@ -106,14 +149,14 @@ def rebuilt(patches: Iterable[WeightPatch]) -> WeightUpdate:
         _check_follows(patch, None if last is None else last.version)
         refuse_removed(tensors, patch.tensors)
         for name, tensor in patch.tensors.items():
-            with _naming(name, patch.version):
+            with naming(name, patch.version):
                 tensors[name] = _advanced(tensor, tensors.get(name))
         last = patch
     assert last is not None, "a chain has a first patch"
-    wrong = [name for name, digest in last.checksums.items() if checksum(tensors[name]) != digest]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} of version {last.version} would not be as published")
-    return WeightUpdate(version=last.version, tensors=tensors, checksums=last.checksums)
+    for name, tensor in last.tensors.items():
+        with naming(name, last.version):
+            check_result(tensor, tensors[name].view(-1))
+    return WeightImage(version=last.version, tensors=tensors)
 
 
 def refuse_removed(before: Iterable[str], after: Iterable[str]) -> None:
@@ -142,8 +185,7 @@ class PatchWriter:
         self._manifest["tensors"][name] = {
             "shape": tensor.shape,
             "dtype": str(tensor.dtype).removeprefix("torch."),
-            "before": tensor.before,
-            "after": tensor.after,
+            "sections": [[s.start, s.stop, s.before, s.after] for s in tensor.sections],
             "pieces": [[p.start, p.stop, p.encoding, p.num_changed, len(p.payload)] for p in tensor.pieces],
         }
 
@@ -198,8 +240,7 @@ def from_bytes(data: Buffer) -> WeightPatch:
             shape=tuple(entry["shape"]),
             dtype=getattr(torch, entry["dtype"]),
             pieces=tuple(pieces),
-            before=entry["before"],
-            after=entry["after"],
+            sections=tuple(Section(start=s[0], stop=s[1], before=s[2], after=s[3]) for s in entry["sections"]),
         )
     return WeightPatch(version=manifest["version"], base=manifest["base"], tensors=tensors)
 
@@ -212,7 +253,8 @@ def _check_follows(patch: WeightPatch, held: int | None) -> None:
 
 def _advanced(patch: TensorPatch, held: Tensor | None) -> Tensor:
     """The tensor held, changed in place; a new one where the patch is whole."""
-    if patch.before is None:
+    check_sections(patch)
+    if all(section.before is None for section in patch.sections):
         return apply(patch, None)
     tensor = fitting(patch, held)
     apply_pieces(patch.pieces, tensor.view(-1))
@@ -220,7 +262,7 @@ def _advanced(patch: TensorPatch, held: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _naming(name: str, version: int) -> Iterator[None]:
+def naming(name: str, version: int) -> Iterator[None]:
     """Errors about a tensor say which."""
     try:
         yield

@@ -6,7 +6,7 @@ The plain-PyTorch pair (`engines.plain_sampler`, `engines.plain_learner`) is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.patch import UpdateRefused, WeightPatch  # noqa: F401
 from rlpost.core.subnetwork import Coverage
 from rlpost.engines.pretrained import PeftAdapter
-from rlpost.types import Rollout, WeightUpdate
+from rlpost.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,24 @@ class RolloutRequest:
     temperature: float
     """Divides the logits; 0 is greedy."""
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSection:
+    """Consecutive entries of one weight of the policy: all of them, or those that one rank answers for.
+
+    Example:
+        WeightSection(name="model.norm.weight", shape=(64,), start=0, values_N=tensor([1.0, ...]))
+    """
+
+    name: str
+    """Its checkpoint name."""
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    start: int
+    """Place of the first entry in the flattened weight."""
+    values_N: Tensor
+    """[N], in the dtype samplers serve. May be a view of the live weight: read it before the next one, or the next step."""
 
 
 class SamplerEngine(Protocol):
@@ -49,16 +68,22 @@ class SamplerEngine(Protocol):
         """Decode one token for every running request; returns the (request id, rollout) that finished."""
         ...
 
-    def update(self, update: WeightUpdate) -> None:
-        """Swap the weights between two steps, and prove it.
+    @property
+    def held(self) -> int | None:
+        """The version it proved to hold; None before the first update, and after one that was refused."""
+        ...
+
+    def update(self, patch: WeightPatch) -> None:
+        """Change the weights between two steps, and prove it.
 
         Running requests continue under the new weights; what is cached of their past is recomputed, so that every
-        token's log-prob is exactly that of its version on its own prefix. The engine compares what the model now holds
-        with `update.checksums`, byte for byte.
+        token's log-prob is exactly that of its version on its own prefix. The engine compares the checksum of every
+        section of what the model now holds with the published one.
 
         Raises:
-            RuntimeError: if the model does not hold exactly `update` afterwards; its version is then unchanged and it
-                must not sample until a later update succeeds.
+            UpdateRefused: when the patch applies to another version than the one held, which then stays; or when the model does
+                not hold exactly what was published afterwards: `held` is then None, and it does not sample until a
+                complete update succeeds.
         """
         ...
 
@@ -105,6 +130,19 @@ class LearnerEngine(Protocol):
 
         The same for the critic, at its own learning rate.
         """
+        ...
+
+    def sections(self) -> Iterator[WeightSection]:
+        """The policy as samplers serve it, streamed: this rank's sections of every weight, which with those of the other
+        ranks are all of it, once. No rank holds more than one whole weight for it.
+
+        Collective only where `reads_alone` is False.
+        """
+        ...
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a rank reads its `sections` without the others, and so beside what they and itself do between two steps."""
         ...
 
     def weights(self) -> Mapping[str, Tensor]:

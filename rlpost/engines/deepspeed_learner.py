@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.core.optimizers import AdamW, OptimizerSpec
 from rlpost.core.subnetwork import Coverage, Subnetwork, coverage
+from rlpost.engines.base import WeightSection
 from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
 from rlpost.engines.optimizers import TrainedEntries, apply_settings, make_optimizer
@@ -83,7 +85,7 @@ def init_distributed(
 
 
 class DeepSpeedLearner:
-    """One rank; `init_distributed` comes first, and every method is collective.
+    """One rank; `init_distributed` comes first, and every method is collective, but for `sections` where `reads_alone`.
 
     Master weights, optimizer state and the accumulated gradient are float32 whatever `dtype` computes in. Losses are
     sums, and the step's denominator is known only when its last group has arrived: `backward` only accumulates
@@ -207,6 +209,16 @@ class DeepSpeedLearner:
         self._tallies = []
         check_finite(norm, critic_norm)
         return report
+
+    def sections(self) -> Iterator[WeightSection]:
+        for name, shape, start, values_N in self._own_entries():
+            # A weight without entries comes once all the same.
+            if len(values_N) or (self._rank == 0 and not math.prod(shape)):
+                yield WeightSection(name=name, shape=shape, start=start, values_N=values_N.to(self._serve_dtype))
+
+    @property
+    def reads_alone(self) -> bool:
+        return self._adapter is None
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name: p.to("cpu", self._serve_dtype, copy=True) for name, p in self._gathered()}
@@ -408,6 +420,20 @@ class DeepSpeedLearner:
         for weight in checkpoint_weights(self._scorer.policy):
             with self._whole(weight.parameters, False):
                 yield weight.name, weight.value().clone() if self._zero_stage == 3 else weight.value()
+
+    def _own_entries(self) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
+        """(checkpoint name, shape of the weight, place of the first entry, [N] entries) that this rank answers for."""
+        if self._zero_stage == 3 and self._adapter is None:
+            # DeepSpeed's own cut: a step writes these shards, and all else gathers from them. The last one is padded.
+            for weight in checkpoint_weights(self._scorer.policy):
+                parameter: Any = weight.base
+                start = min(self._rank * parameter.ds_tensor.numel(), parameter.ds_numel)
+                entries_N = parameter.ds_tensor[: parameter.ds_numel - start]
+                yield weight.name, tuple(parameter.ds_shape), start, entries_N
+            return
+        for name, value in self._gathered():
+            start, stop = (value.numel() * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            yield name, tuple(value.shape), start, value.flatten()[start:stop]
 
     def _whole(self, parameters: Sequence[nn.Parameter], written: bool) -> AbstractContextManager[None]:
         """While it holds, every rank has these parameters whole; what it has `written` to them stays, with rank 0's."""

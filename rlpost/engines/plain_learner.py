@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlpost.core.critic import Values
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, loss_and_tally, trained_units
 from rlpost.core.subnetwork import Coverage, coverage
+from rlpost.engines.base import WeightSection
 from rlpost.engines.forward import Scorer, copy_policy, load_policy
 from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
 from rlpost.engines.optimizers import apply_settings, make_optimizer
@@ -128,6 +129,16 @@ class PlainLearner:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad /= denominator
         return float(nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
+
+    def sections(self) -> Iterator[WeightSection]:
+        for weight in checkpoint_weights(self._scorer.policy):
+            value = weight.value()
+            values_N = value.flatten().to(self._serve_dtype)
+            yield WeightSection(name=weight.name, shape=tuple(value.shape), start=0, values_N=values_N)
+
+    @property
+    def reads_alone(self) -> bool:
+        return True
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name: value.to(self._serve_dtype, copy=True) for name, value in self._values().items()}

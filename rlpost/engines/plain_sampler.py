@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from rlpost.core.weights import checksum
+from rlpost.core.delta import apply_pieces, check_result
+from rlpost.core.patch import WeightPatch
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.forward import load_policy
-from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
-from rlpost.types import Rollout, VersionSpan, WeightUpdate
+from rlpost.engines.sampling import Holding, check_fits, check_request, end_token_ids, make_rollout, naming
+from rlpost.types import Rollout, VersionSpan
 
 
 @dataclass(slots=True)
@@ -39,12 +40,15 @@ class PlainSampler:
         self._end_ids = end_token_ids(path)
         self._max_model_len = int(self._model.config.max_position_embeddings)
         self._running: dict[str, _Running] = {}
-        self._version = 0
-        self._fault: str | None = None
+        self._holding = Holding()
 
     @property
     def version(self) -> int:
-        return self._version
+        return self._holding.version
+
+    @property
+    def held(self) -> int | None:
+        return self._holding.held
 
     def add(self, request: RolloutRequest) -> None:
         check_request(request, max_model_len=self._max_model_len, running=self._running)
@@ -58,8 +62,7 @@ class PlainSampler:
 
     def step(self) -> list[tuple[str, Rollout]]:
         """One token for every running request, in order of arrival."""
-        if self._fault:
-            raise RuntimeError(f"this sampler may not sample until a weight update succeeds: {self._fault}")
+        self._holding.check()
         finished = []
         for running in list(self._running.values()):
             if finish_reason := self._decode(running):
@@ -67,15 +70,16 @@ class PlainSampler:
                 finished.append((running.request.id, self._rollout(running, finish_reason)))
         return finished
 
-    def update(self, update: WeightUpdate) -> None:
-        self._fault = f"update {update.version} was interrupted"
-        try:
-            check_payload(update)
-            self._load(update)
-        except RuntimeError as error:
-            self._fault = str(error)
-            raise
-        self._version, self._fault = update.version, None
+    def update(self, patch: WeightPatch) -> None:
+        parameters = dict(self._model.named_parameters())
+        with self._holding.updating(patch):
+            check_fits(patch, parameters)
+            for name, tensor in patch.tensors.items():
+                with naming(name):
+                    apply_pieces(tensor.pieces, parameters[name].view(-1))
+            for name, tensor in patch.tensors.items():
+                with naming(name):
+                    check_result(tensor, parameters[name].view(-1))
 
     @torch.inference_mode()
     def _decode(self, running: _Running) -> str | None:
@@ -92,7 +96,7 @@ class PlainSampler:
         logprob_1 = torch.log_softmax(logits_1V / (request.temperature or 1.0), dim=-1)[0, token_1]
         running.response_ids.append(int(token_1))
         running.logprobs.append(float(logprob_1))
-        running.versions.append(self._version)
+        running.versions.append(self.version)
         if running.response_ids[-1] in self._end_ids:
             return "stop"
         return "length" if len(running.response_ids) == request.max_tokens else None
@@ -106,26 +110,6 @@ class PlainSampler:
             finish_reason=finish_reason,
             tokenizer=self._tokenizer,
         )
-
-    @torch.no_grad()
-    def _load(self, update: WeightUpdate) -> None:
-        parameters = dict(self._model.named_parameters())
-        if strangers := sorted(parameters.keys() ^ update.tensors.keys()):
-            raise RuntimeError(
-                f"weight update {update.version}: {strangers[0]} is only in the"
-                f" {'model' if strangers[0] in parameters else 'update'} ({len(strangers)} such names in all)"
-            )
-        for name, parameter in parameters.items():
-            tensor = update.tensors[name]
-            if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype):
-                raise RuntimeError(
-                    f"weight update {update.version}: {name} is {tensor.dtype} {list(tensor.shape)}, the model has"
-                    f" {parameter.dtype} {list(parameter.shape)}"
-                )
-            parameter.copy_(tensor)
-        for name, parameter in parameters.items():
-            if checksum(parameter) != update.checksums[name]:
-                raise RuntimeError(f"weight update {update.version}: the model does not hold {name} as published")
 
 
 def _spans(versions: list[int]) -> tuple[VersionSpan, ...]:

@@ -1,17 +1,20 @@
-"""What both samplers agree on: which requests are valid, what a rollout is made of, which updates are intact."""
+"""What both samplers agree on: which requests are valid, what a rollout is made of, when an update may be trusted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlpost.core.weights import checksum
-from rlpost.engines.base import RolloutRequest
-from rlpost.types import Rollout, VersionSpan, WeightUpdate
+from rlpost.core.delta import check_sections
+from rlpost.core.patch import WeightPatch
+from rlpost.engines.base import RolloutRequest, UpdateRefused
+from rlpost.types import Rollout, VersionSpan
 
 COLDEST, HOTTEST = 0.01, 2.0
 """vLLM silently raises a lower temperature and refuses a higher one; 0 is greedy."""
@@ -63,23 +66,71 @@ def check_request(request: RolloutRequest, *, max_model_len: int, running: Conta
         )
 
 
-def check_payload(update: WeightUpdate) -> None:
-    """Compare the tensors of `update`, as they arrived, with the checksums they left with.
+class Holding:
+    """Which version a sampler holds, and whether it may sample: the rules of `SamplerEngine.update`."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        """Stamped on tokens."""
+        self.held: int | None = None
+        self._fault: str | None = None
+
+    def check(self) -> None:
+        """Raises RuntimeError while what the sampler holds is not proved."""
+        if self._fault:
+            raise RuntimeError(f"this sampler may not sample until a weight update succeeds: {self._fault}")
+
+    @contextmanager
+    def updating(self, patch: WeightPatch) -> Iterator[None]:
+        """Around whatever changes the weights and proves them; a ValueError or RuntimeError from it is a fault.
+
+        Raises:
+            UpdateRefused: for a patch of another version before anything changes, and for a fault.
+        """
+        if patch.base not in (None, self.held):
+            holding = "nothing proved" if self.held is None else f"version {self.held}"
+            raise UpdateRefused(f"weight update {patch.version} applies to version {patch.base}, and {holding} is held")
+        self.held, self._fault = None, f"update {patch.version} was interrupted"
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            self._fault = f"weight update {patch.version}: {error}"
+            raise UpdateRefused(self._fault) from error
+        self.version = self.held = patch.version
+        self._fault = None
+
+
+def check_fits(patch: WeightPatch, model: Mapping[str, Tensor]) -> None:
+    """Refuse what leads to no version of this model, whatever its pieces say.
 
     Raises:
-        RuntimeError: naming the first tensor that is missing, unannounced or different.
+        ValueError: naming the first tensor that is missing, unknown, of another shape or dtype, or not whole in a patch
+            without a base.
     """
-    if strangers := sorted(update.tensors.keys() ^ update.checksums.keys()):
-        raise RuntimeError(
-            f"weight update {update.version}: {strangers[0]} is only among its"
-            f" {'tensors' if strangers[0] in update.tensors else 'checksums'} ({len(strangers)} such names in all)"
+    if strangers := sorted(model.keys() ^ patch.tensors.keys()):
+        raise ValueError(
+            f"{strangers[0]} is only in the {'model' if strangers[0] in model else 'update'} ({len(strangers)} such names"
+            " in all)"
         )
-    for name, tensor in update.tensors.items():
-        if (found := checksum(tensor)) != update.checksums[name]:
-            raise RuntimeError(
-                f"weight update {update.version}: {name} arrived with checksum {found}, published with"
-                f" {update.checksums[name]}"
+    for name, tensor in patch.tensors.items():
+        held = model[name]
+        if (tensor.shape, tensor.dtype) != (tuple(held.shape), held.dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, the model has {held.dtype} {list(held.shape)}"
             )
+        with naming(name):
+            check_sections(tensor)
+            if patch.base is None and any(section.before is not None for section in tensor.sections):
+                raise ValueError("the update applies to no version, and is not all of it")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors about a tensor say which."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def make_rollout(

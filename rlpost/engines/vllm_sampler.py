@@ -1,4 +1,4 @@
-"""vLLM as a `SamplerEngine`: in this process, one request per rollout, weights swapped in place and proved.
+"""vLLM as a `SamplerEngine`: in this process, one request per rollout, weights changed in place and proved.
 
 vLLM is imported only once an engine is built: it reads its environment on import and changes the process it lives in
 (thread settings, torch.distributed), so it gets a process of its own with `environment` set first.
@@ -11,13 +11,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import AutoTokenizer
 
+from rlpost.core.patch import WeightPatch
 from rlpost.engines.base import RolloutRequest
-from rlpost.engines.sampling import check_payload, check_request, end_token_ids, make_rollout
+from rlpost.engines.sampling import Holding, check_request, end_token_ids, make_rollout
 from rlpost.engines.vllm_cpu import check_live, inspect_in_process, live_weights, use_compiled_kernels
-from rlpost.engines.weight_proof import load_in_place, prove
-from rlpost.types import Rollout, VersionSpan, WeightUpdate
+from rlpost.engines.weight_map import WeightMap
+from rlpost.types import Rollout, VersionSpan
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -121,13 +123,17 @@ class VllmSampler:
         if on_cpu:
             self._engine.apply_model(check_live)
         self._running: dict[str, RolloutRequest] = {}
-        self._version = 0
-        self._engine.set_weight_version(str(self._version))
-        self._fault: str | None = None
+        self._holding = Holding()
+        self._engine.set_weight_version(str(self._holding.version))
+        self._weight_map: WeightMap | None = None
 
     @property
     def version(self) -> int:
-        return self._version
+        return self._holding.version
+
+    @property
+    def held(self) -> int | None:
+        return self._holding.held
 
     def add(self, request: RolloutRequest) -> None:
         from vllm.inputs import tokens_input
@@ -147,8 +153,7 @@ class VllmSampler:
         return {"running": running, "waiting": waiting}
 
     def step(self) -> list[tuple[str, Rollout]]:
-        if self._fault:
-            raise RuntimeError(f"this sampler may not sample until a weight update succeeds: {self._fault}")
+        self._holding.check()
         finished = []
         for output in self._engine.step():
             assert output.finished, output.request_id
@@ -156,19 +161,18 @@ class VllmSampler:
             finished.append((request.id, self._rollout(request, output.outputs[0])))  # pyright: ignore[reportIndexIssue]
         return finished
 
-    def update(self, update: WeightUpdate) -> None:
-        self._fault = f"update {update.version} was interrupted"
-        try:
-            check_payload(update)
+    def update(self, patch: WeightPatch) -> None:
+        with self._holding.updating(patch):
             if not self._engine.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError(f"weight update {update.version}: vLLM did not drop its key-value cache")
-            self._engine.apply_model(lambda model: load_in_place(model, update))
-            self._engine.apply_model(lambda model: prove(model, update))
-        except RuntimeError as error:
-            self._fault = str(error)
-            raise
-        self._engine.set_weight_version(str(update.version))
-        self._version, self._fault = update.version, None
+                raise RuntimeError("vLLM did not drop its key-value cache")
+            self._engine.apply_model(lambda model: self._change(model, patch))
+            self._engine.set_weight_version(str(patch.version))
+
+    def _change(self, model: nn.Module, patch: WeightPatch) -> None:
+        if self._weight_map is None:
+            self._weight_map = WeightMap(model, patch.tensors)
+        self._weight_map.apply(patch)
+        self._weight_map.prove(patch)
 
     def _rollout(self, request: RolloutRequest, output: CompletionOutput) -> Rollout:
         assert output.logprobs is not None and output.weight_versions is not None and output.finish_reason is not None

@@ -11,6 +11,8 @@
 Nothing waits for itself: a slot opens when versions advance; versions advance when a step's groups have finished; those
 groups hold their slots already (`pipeline.buffer` has the proof). Samplers swap their weights beside the learner's next
 step, whose groups the bound already allowed; one publish is under way at a time, so a step waits only for the one before.
+Where a rank reads its weights without the others, it exports them beside the next step's gradient too; `step` waits until
+they are read.
 
 Failures are handled in one place, `_run_group`: a rollout that no verifier could judge, or a group that no sampler survived,
 is dropped and counted, and the run stops when their share passes `max_failed_share`. Everything else ends the run.
@@ -29,6 +31,7 @@ import torch
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec, Supervised, credit, step_denominator
+from rlpost.core.patch import WeightPatch
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
@@ -38,7 +41,7 @@ from rlpost.pipeline.fleet import Fleet, Limits
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
-from rlpost.pipeline.step_metrics import StepRecord, step_metrics
+from rlpost.pipeline.step_metrics import Published, StepRecord, step_metrics
 from rlpost.types import GroupSummary, Judgement, Prompt, Rollout, RolloutGroup, summarize
 
 MIN_GROUPS_TO_JUDGE_FAILURES = 20
@@ -100,6 +103,17 @@ class Checkpoints(Protocol):
     async def export(self, stage: str, learner: Any) -> None: ...
 
 
+class Archive(Protocol):
+    """Keeps every version that is published."""
+
+    @property
+    def needs_complete(self) -> bool:
+        """Whether the next version should be complete."""
+        ...
+
+    def append(self, patch: WeightPatch) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
     seed: int
@@ -126,22 +140,23 @@ class Controller:
         settings: RunSettings,
         *,
         eval_sets: Sequence[EvalSet] = (),
+        archive: Archive | None = None,
         start: Position | None = None,
         load_from: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
         self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
-        self._load_from = load_from
+        self._archive, self._load_from = archive, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
         self._bell = Bell()
+        self._exporting: asyncio.Task[Export] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
         self._evaluating = Ledger("train", clock)
         self._refills = self._failed_rollouts = self._ended_rollouts = 0
-        self._last_export: Export | None = None
-        self._publish_s = 0.0
+        self._published: Published | None = None
 
     async def run(self) -> None:
         """Train every stage to its end; raises the first error that ends the run, all tasks cancelled."""
@@ -281,7 +296,7 @@ class Controller:
                 continue
             if not resumed:
                 await self._begin(index)
-            if self._last_export is None:
+            if self._exporting is None:
                 await self._publish()
                 if start < end:
                     self._evaluate("start" if self._load_from is None else "resume")
@@ -308,6 +323,7 @@ class Controller:
 
     async def _begin(self, stage_index: int) -> None:
         stage = self.stages[stage_index]
+        await self._weights_are_read()
         coverage: Coverage = await self._learn("begin_stage", self.workers.learner.begin_stage(stage.spec))
         if coverage:
             trained, entries = map(sum, zip(*coverage.values(), strict=True))
@@ -365,8 +381,7 @@ class Controller:
             waited_s=waited_s,
             evaluating_s=self._evaluating.collect().get("evaluate", 0.0),
             buffer=dict(self.buffer.snapshot()),
-            export=self._last_export if stage.sampled else None,
-            publish_s=self._publish_s,
+            published=self._published if stage.sampled else None,
             worker_seconds=await self._worker_seconds(),
         )
         self.tracker.log("step", step_metrics(record))
@@ -376,6 +391,7 @@ class Controller:
 
     async def _step(self, *, denominator: float, lr: float) -> StepReport:
         """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
+        await self._weights_are_read()
         call = self._learn("step", self.workers.learner.step(denominator=denominator, lr=lr))
         task = asyncio.ensure_future(call)
         try:
@@ -397,20 +413,40 @@ class Controller:
         )
 
     async def _publish(self) -> None:
-        """Export the present version and start bringing the samplers to it; waits for the previous one to arrive."""
+        """Start bringing the present version to the samplers, once the previous one has arrived."""
         if self._publishing is not None:
             await self._publishing
-        export: Export = await self._learn("export", self.workers.learner.export(self.buffer.step))
-        self._last_export = export
-        self._publishing = self._tasks.create_task(self._bring_to(export))
+        self._exporting = self._tasks.create_task(self._export(self.buffer.step))
+        self._publishing = self._tasks.create_task(self._bring(self._exporting))
+        if not self.workers.learner.exports_beside:
+            await self._exporting
 
-    async def _bring_to(self, export: Export) -> None:
+    async def _export(self, version: int) -> Export:
+        return await self._learn("export", self.workers.learner.export(version))
+
+    async def _weights_are_read(self) -> None:
+        """The export that reads them beside the learner's work has ended: they may change."""
+        if self._exporting is not None:
+            await self._exporting
+
+    async def _bring(self, exporting: asyncio.Task[Export]) -> None:
+        before = self._clock()
+        export = await exporting
+        exported = self._clock()
         async with self._holding:
-            before = self._clock()
+            updating = self._clock()
             await self.fleet.publish(export)
-            self._publish_s = self._clock() - before
+            self._published = Published(export=export, export_s=exported - before, update_s=self._clock() - updating)
             self.buffer.publish(export.version)
             self._bell.ring()
+        if self._archive is not None:
+            await self._keep(self._archive, export)
+
+    async def _keep(self, archive: Archive, export: Export) -> None:
+        """Beside learning; the next version is published when this one is on the disk, so that none waits in memory."""
+        if archive.needs_complete and export.base is not None:
+            export = await self._learn("complete export", self.workers.learner.complete())
+        await asyncio.to_thread(archive.append, await self.workers.fetch_version(export))
 
     def _evaluate(self, when: str) -> None:
         """Judge the version just published on every eval set, beside whatever else goes on."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from rlpost.core.patch import UpdateRefused
 from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.ports import Export, GroupRequest, Handle, Sampler, WorkerLost, Workers
 from rlpost.types import GroupSummary
@@ -44,7 +45,10 @@ class Fleet:
         self._workers, self._limits, self._spawn, self._on_event = workers, limits, spawn, on_event
         self._members = [_Member(sampler) for sampler in workers.samplers]
         self._latest: Export | None = None
-        self._joined = Bell()
+        self._complete: Export | None = None
+        """The latest version whole, once a sampler needed it so."""
+        self._completing = asyncio.Lock()
+        self._joined, self._moved_on = Bell(), Bell()
 
     @property
     def samplers(self) -> list[Sampler]:
@@ -76,6 +80,7 @@ class Fleet:
     async def publish(self, export: Export) -> None:
         """Bring every sampler to `export`; returns once all that live have proved it, and at least one does."""
         self._latest = export
+        self._moved_on.ring()
         await asyncio.gather(*(self._publish_to(m, m.sampler) for m in self._members if not m.replacing))
         while not self.samplers:
             await self._joined.wait()
@@ -87,16 +92,50 @@ class Fleet:
             self._lose(member, sampler, error)
 
     async def _bring_up(self, member: _Member) -> None:
-        """Update one sampler until it holds the latest version, which may move on while it loads."""
+        """Update one sampler until it proves to hold the latest version, which may move on while it loads.
+
+        It is asked what it holds before anything is sent. Who refuses the changes gets everything, once.
+
+        Raises:
+            RuntimeError: when it refuses a complete version.
+        """
+        refused = False
         while self._latest is not None and member.version != self._latest.version:
-            export, sampler = self._latest, member.sampler
+            sampler = member.sampler
             limit_s = self._limits.start_s if member.version is None else self._limits.update_s
+            held = await within(limit_s, sampler.held(), worker=sampler.name, phase="held")
+            export = await self._export_for(None if refused else held)
             phase = f"update to version {export.version}"
-            held = await within(limit_s, sampler.update(export), worker=sampler.name, phase=phase)
-            if held != export.version:
-                raise RuntimeError(f"{sampler.name} proved version {held} after an update to {export.version}")
-            member.version = held
+            try:
+                proved = await within(limit_s, sampler.update(export), worker=sampler.name, phase=phase)
+            except UpdateRefused as error:
+                self._on_event("update_refused", worker=sampler.name, version=export.version, detail=str(error))
+                if export.base is None:
+                    raise RuntimeError(
+                        f"{sampler.name} refuses the complete version {export.version}: {error}"
+                    ) from error
+                member.version, refused = None, True
+                continue
+            if proved != export.version:
+                raise RuntimeError(f"{sampler.name} proved version {proved} after an update to {export.version}")
+            member.version, refused = proved, False
         self._joined.ring()
+
+    async def _export_for(self, held: int | None) -> Export:
+        """What brings a sampler that holds version `held` to the latest one: the changes if it holds their base."""
+        latest = self._latest
+        assert latest is not None
+        if latest.base in (None, held):
+            return latest
+        async with self._completing:
+            if self._complete is None or self._complete.version < latest.version:
+                learner = self._workers.learner
+                phase = f"complete export of version {latest.version}"
+                call = learner.complete()
+                self._complete = await within(self._limits.learn_s, call, worker=learner.name, phase=phase)
+        while self._latest is not None and self._latest.version < self._complete.version:
+            await self._moved_on.wait()  # the learner has exported the next one already, which is yet to be published
+        return self._complete
 
     def _lose(self, member: _Member, sampler: Sampler, error: WorkerLost) -> None:
         if member.sampler is not sampler or member.replacing:

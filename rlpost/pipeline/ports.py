@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.patch import WeightPatch
 from rlpost.core.subnetwork import Coverage
 from rlpost.types import GroupSummary, Judgement, Prompt, RolloutGroup
 
@@ -55,13 +56,51 @@ class GradedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """A version ready to be published: its tensors by handle, its identity by value."""
+    """A version ready to be published: its bytes by handle, its identity by value."""
 
     version: int
-    handle: Handle
+    base: int | None
+    """The version whose changes it is; None when it is complete."""
+    handles: tuple[Handle, ...]
+    """One per learner rank."""
     num_bytes: int
-    unchanged_fraction: float | None
-    """Share of entries that are bit-identical to the previous export; None for the first."""
+    """What a sampler is sent."""
+    full_bytes: int
+    """What it would be sent of a complete version."""
+    num_changed: int
+    num_values: int
+
+    @property
+    def unchanged_fraction(self) -> float | None:
+        """Share of the weights that are bit-identical to those of `base`."""
+        return None if self.base is None else 1 - self.num_changed / self.num_values
+
+    @classmethod
+    def of(cls, patch: WeightPatch, handle: Handle) -> Export:
+        """What the control plane needs to know of a rank's patch, which lies behind `handle`."""
+        return cls(
+            version=patch.version,
+            base=patch.base,
+            handles=(handle,),
+            num_bytes=patch.num_bytes,
+            full_bytes=patch.full_bytes,
+            num_changed=patch.num_changed,
+            num_values=patch.num_values,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Export]) -> Export:
+        """One version from those of all ranks."""
+        (version,), (base,) = {part.version for part in parts}, {part.base for part in parts}
+        return cls(
+            version=version,
+            base=base,
+            handles=tuple(handle for part in parts for handle in part.handles),
+            num_bytes=sum(part.num_bytes for part in parts),
+            full_bytes=sum(part.full_bytes for part in parts),
+            num_changed=sum(part.num_changed for part in parts),
+            num_values=sum(part.num_values for part in parts),
+        )
 
 
 class Sampler(Protocol):
@@ -71,8 +110,16 @@ class Sampler(Protocol):
         """Raises WorkerLost if the sampler dies; the group can then be sampled elsewhere."""
         ...
 
+    async def held(self) -> int | None:
+        """The version it has proved to hold; None when it holds none, and needs a complete one."""
+        ...
+
     async def update(self, export: Export) -> int:
-        """Hold `export` from the next token on; returns the version the sampler proved to hold."""
+        """Hold `export` from the next token on; returns the version the sampler proved to hold.
+
+        Raises:
+            UpdateRefused: when it cannot; a complete version puts it right.
+        """
         ...
 
     async def seconds(self) -> Seconds: ...
@@ -102,7 +149,18 @@ class Learner(Protocol):
 
     async def step(self, *, denominator: float, lr: float) -> StepReport: ...
 
-    async def export(self, version: int) -> Export: ...
+    @property
+    def exports_beside(self) -> bool:
+        """Whether `export` and `accumulate` may run at the same time; before `step` it has to have ended anyway."""
+        ...
+
+    async def export(self, version: int) -> Export:
+        """The present policy, as changes of the version exported last; the first time complete."""
+        ...
+
+    async def complete(self) -> Export:
+        """The version exported last, whole."""
+        ...
 
     async def save(self, path: Path) -> None: ...
 
@@ -128,6 +186,10 @@ class Workers(Protocol):
 
     async def fetch(self, handle: Handle) -> RolloutGroup:
         """Bring a group's tokens here, to log them."""
+        ...
+
+    async def fetch_version(self, export: Export) -> WeightPatch:
+        """Bring a version's bytes here, to keep them."""
         ...
 
     async def restart(self, sampler: Sampler) -> Sampler:

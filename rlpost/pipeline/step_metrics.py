@@ -30,6 +30,17 @@ class FinishedGroup(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One version on its way from the learner to the last sampler's proof."""
+
+    export: Export
+    export_s: float
+    """Reading, comparing and encoding the weights."""
+    update_s: float
+    """From the first sampler that was sent it to the last that proved it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """Everything known about one optimizer step."""
 
@@ -46,9 +57,8 @@ class StepRecord:
     evaluating_s: float
     """Since the previous record, how long the samplers served an evaluation beside training."""
     buffer: Mapping[str, int]
-    export: Export | None
-    publish_s: float
-    """Duration of the latest publish that has completed, from export to the last sampler's proof."""
+    published: Published | None
+    """The latest version that has arrived at every sampler."""
     worker_seconds: Mapping[str, Mapping[str, float]]
 
 
@@ -85,11 +95,17 @@ def step_metrics(record: StepRecord) -> dict[str, Any]:
         if "reference_kl" in tally.sums:
             row["actor/kl_loss"] = tally.sums["reference_kl"] / max(tally.sums.get("tokens", 0.0), 1.0)
         row["wait/verdict"] = verdict(record)
-    if record.export is not None:
-        row["publish/bytes"] = record.export.num_bytes
-        row["publish/seconds"] = record.publish_s
-        if record.export.unchanged_fraction is not None:
-            row["publish/unchanged_fraction"] = record.export.unchanged_fraction
+    if record.published is not None:
+        export = record.published.export
+        row |= {
+            "publish/version": export.version,
+            "publish/bytes": export.num_bytes,
+            "publish/full_bytes": export.full_bytes,
+            "publish/export_seconds": record.published.export_s,
+            "publish/update_seconds": record.published.update_s,
+        }
+        if export.unchanged_fraction is not None:
+            row["publish/unchanged_fraction"] = export.unchanged_fraction
     return row
 
 

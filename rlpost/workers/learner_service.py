@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-
-from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.patch import WeightPatch
 from rlpost.core.subnetwork import Coverage
-from rlpost.core.weights import checksum, unchanged_fraction
 from rlpost.engines.base import LearnerEngine
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Seconds
 from rlpost.pipeline.step_metrics import WAIT
-from rlpost.types import RolloutGroup, WeightUpdate
+from rlpost.types import RolloutGroup
+from rlpost.workers.publisher import Publisher
 
 
 class LearnerService:
-    """One engine, its place in time, and the image of the version it published last."""
+    """One engine, its place in time, and what it has published."""
 
-    def __init__(self, engine: LearnerEngine) -> None:
+    def __init__(self, engine: LearnerEngine, *, publish_changes: bool = True) -> None:
         self._engine = engine
         self._ledger = Ledger(WAIT)
-        self._published: Mapping[str, Tensor] | None = None
+        self._publisher = Publisher(changes=publish_changes)
 
     def begin_stage(self, spec: StageSpec) -> Coverage:
         with self._ledger.state("begin_stage"):
@@ -50,25 +50,20 @@ class LearnerService:
         with self._ledger.state("step"):
             return self._engine.step(denominator=denominator, lr=lr)
 
-    def export(self, version: int) -> tuple[WeightUpdate, float | None]:
-        """The present policy as a complete update, and the share of it unchanged since the last one (rank 0 publishes).
+    @property
+    def exports_beside(self) -> bool:
+        """Whether `export` may run in a thread of its own, beside all that does not change the weights."""
+        return self._engine.reads_alone
 
-        Raises:
-            RuntimeError: when a weight is not finite. Such a policy must not reach a sampler.
-        """
-        with self._ledger.state("export"):
-            tensors = self._engine.weights()
-            broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-            if broken:
-                raise RuntimeError(
-                    f"version {version} has non-finite values in {broken[0]} ({len(broken)} tensors in all): the run has"
-                    " diverged, and would again from its last checkpoint. Begin in another run_dir with a lower lr or a"
-                    " smaller max_grad_norm"
-                )
-            unchanged = None if self._published is None else unchanged_fraction(self._published, tensors)
-            self._published = tensors
-            checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-            return WeightUpdate(version=version, tensors=tensors, checksums=checksums), unchanged
+    def export(self, version: int) -> WeightPatch:
+        """This rank's part of the present policy; see `Publisher.publish`."""
+        # Beside another state it is no state of its own; its duration is publish/export_seconds.
+        with nullcontext() if self.exports_beside else self._ledger.state("export"):
+            return self._publisher.publish(version, self._engine.sections())
+
+    def complete(self) -> WeightPatch:
+        """This rank's part of the version exported last, whole. Not at the same time as `export`."""
+        return self._publisher.complete()
 
     def save(self, path: Path) -> None:
         with self._ledger.state("checkpoint"):

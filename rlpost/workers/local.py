@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
+from rlpost.core.patch import WeightPatch, from_bytes, joined_patch, to_bytes
 from rlpost.core.subnetwork import Coverage
 from rlpost.engines.base import LearnerEngine, SamplerEngine
 from rlpost.engines.pretrained import save_pretrained
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Seconds
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
-from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, WeightUpdate, summarize
+from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
 from rlpost.workers.learner_service import LearnerService
 from rlpost.workers.sampler_service import SamplerService
@@ -36,8 +37,11 @@ class LocalSampler:
         group = await self._service.sample(request)
         return group, summarize(group)
 
+    async def held(self) -> int | None:
+        return self._service.held
+
     async def update(self, export: Export) -> int:
-        return await self._service.update(export.handle)
+        return await self._service.update(_patch_of(export))
 
     async def seconds(self) -> Seconds:
         return self._service.seconds()
@@ -63,9 +67,9 @@ class LocalVerifier:
 class LocalLearner:
     name = "learner-0"
 
-    def __init__(self, engine: LearnerEngine, model_path: Path) -> None:
+    def __init__(self, engine: LearnerEngine, model_path: Path, *, publish_changes: bool = True) -> None:
         self._engine, self._model_path = engine, model_path
-        self._service = LearnerService(engine)
+        self._service = LearnerService(engine, publish_changes=publish_changes)
 
     async def begin_stage(self, spec: StageSpec) -> Coverage:
         return self._service.begin_stage(spec)
@@ -83,9 +87,15 @@ class LocalLearner:
     async def step(self, *, denominator: float, lr: float) -> StepReport:
         return self._service.step(denominator=denominator, lr=lr)
 
+    @property
+    def exports_beside(self) -> bool:
+        return self._service.exports_beside
+
     async def export(self, version: int) -> Export:
-        update, unchanged = self._service.export(version)
-        return export_of(update, update, unchanged)
+        return _export_of(self._service.export(version))
+
+    async def complete(self) -> Export:
+        return _export_of(self._service.complete())
 
     async def save(self, path: Path) -> None:
         self._service.save(path)
@@ -119,16 +129,17 @@ class LocalWorkers:
     async def fetch(self, handle: RolloutGroup) -> RolloutGroup:
         return handle
 
+    async def fetch_version(self, export: Export) -> WeightPatch:
+        return _patch_of(export)
+
     async def restart(self, sampler: LocalSampler) -> LocalSampler:
         assert self._restart is not None, "these samplers share the run's process and cannot be lost"
         return await self._restart(sampler)
 
 
-def export_of(update: WeightUpdate, handle: object, unchanged: float | None) -> Export:
-    """What the control plane needs to know of `update`, whose tensors live behind `handle`."""
-    return Export(
-        version=update.version,
-        handle=handle,
-        num_bytes=sum(t.numel() * t.element_size() for t in update.tensors.values()),
-        unchanged_fraction=unchanged,
-    )
+def _export_of(patch: WeightPatch) -> Export:
+    return Export.of(patch, to_bytes(patch))
+
+
+def _patch_of(export: Export) -> WeightPatch:
+    return joined_patch([from_bytes(data) for data in export.handles])

@@ -17,23 +17,26 @@ import ray
 import torch
 from ray.exceptions import OwnerDiedError
 
-from rlpost.config import LearnerConfig, SamplerConfig, VerifierConfig
+from rlpost.config import LearnerConfig, PublishConfig, SamplerConfig, VerifierConfig
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec
 from rlpost.core.optimizers import OPTIMIZERS
+from rlpost.core.patch import WeightPatch, joined_patch
 from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Seconds
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
-from rlpost.workers.local import export_of
 from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
-from rlpost.workers.wire import PackedGroup, PackedUpdate, pack_group, pack_update, unpack_group, unpack_update
+from rlpost.workers.wire import PackedGroup, PackedPatch, pack_group, pack_patch, unpack_group, unpack_patch
 
 T = TypeVar("T")
 MAX_CONCURRENT_CALLS = 10_000
 """Groups one sampler or verifier may hold at once; the buffer's bound is far below."""
+
+BESIDE = "beside"
+"""Name of a learner's second thread, which publishes while the first one learns."""
 
 CPU_KV_CACHE_MIB = 64
 """Unless the recipe says otherwise: allocating more takes seconds, and a laptop's model needs little."""
@@ -67,8 +70,11 @@ class _SamplerProcess:
         group = await self._service.sample(request)
         return pack_group(group), summarize(group)
 
-    async def update(self, packed: PackedUpdate) -> int:
-        return await self._service.update(unpack_update(packed))
+    async def held(self) -> int | None:
+        return self._service.held
+
+    async def update(self, *parts: PackedPatch) -> int:
+        return await self._service.update(joined_patch([unpack_patch(part) for part in parts]))
 
     async def seconds(self) -> Seconds:
         return self._service.seconds()
@@ -112,6 +118,7 @@ class _LearnerProcess:
         model_path: Path,
         config: LearnerConfig,
         serve_dtype: str,
+        publish_changes: bool,
         rank: int,
         master: tuple[str, int],
         log_path: Path,
@@ -123,8 +130,7 @@ class _LearnerProcess:
         from rlpost.workers.learner_service import LearnerService
 
         init_distributed(rank=rank, world_size=config.ranks, master_addr=master[0], master_port=master[1])
-        self._rank = rank
-        self._model_path = model_path
+        self._rank, self._model_path = rank, model_path
         self._engine = DeepSpeedLearner(
             model_path,
             dtype=getattr(torch, config.dtype),
@@ -137,7 +143,7 @@ class _LearnerProcess:
             lora=None if config.lora is None else LoraSpec(**config.lora.model_dump()),
             optimizer=OPTIMIZERS[config.optimizer.name],
         )
-        self._service = LearnerService(self._engine)
+        self._service = LearnerService(self._engine, publish_changes=publish_changes)
 
     def begin_stage(self, spec: StageSpec) -> Coverage:
         return self._service.begin_stage(spec)
@@ -156,11 +162,11 @@ class _LearnerProcess:
     def step(self, denominator: float, lr: float) -> StepReport:
         return self._service.step(denominator=denominator, lr=lr)
 
-    def export(self, version: int) -> Export | None:
-        update, unchanged = self._service.export(version)
-        if self._rank:
-            return None
-        return export_of(update, ray.put(pack_update(update)), unchanged)
+    def export(self, version: int) -> Export:
+        return _put(self._service.export(version))
+
+    def complete(self) -> Export:
+        return _put(self._service.complete())
 
     def save(self, path: Path) -> None:
         self._service.save(path)
@@ -179,6 +185,10 @@ class _LearnerProcess:
         return self._service.seconds()
 
 
+def _put(patch: WeightPatch) -> Export:
+    return Export.of(patch, ray.put(pack_patch(patch)))
+
+
 # -- in the driver -----------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +203,11 @@ class RaySampler:
         phase = f"sampling of {request.prompt.id}"
         return handle, await answer(summary, worker=self.name, phase=phase, log_path=self.log_path)
 
+    async def held(self) -> int | None:
+        return await answer(self.actor.held.remote(), worker=self.name, phase="held", log_path=self.log_path)
+
     async def update(self, export: Export) -> int:
-        call = self.actor.update.remote(export.handle)
+        call = self.actor.update.remote(*export.handles)
         phase = f"update to version {export.version}"
         try:
             return await answer(call, worker=self.name, phase=phase, log_path=self.log_path)
@@ -228,12 +241,19 @@ class RayLearner:
 
     name = "learner"
 
-    def __init__(self, ranks: Sequence[Any], log_paths: Sequence[Path]) -> None:
-        self.ranks, self._log_paths = ranks, log_paths
+    def __init__(self, ranks: Sequence[Any], log_paths: Sequence[Path], *, exports_beside: bool) -> None:
+        self.ranks, self._log_paths, self.exports_beside = ranks, log_paths, exports_beside
+        self._exporting = asyncio.Lock()  # all ranks publish the same versions in the same order
 
-    async def _all(self, method: str, *args: Any) -> list[Any]:
+    async def _all(self, method: str, *args: Any, beside: bool = False) -> list[Any]:
+        options = {"concurrency_group": BESIDE} if beside else {}
         calls = (
-            answer(getattr(actor, method).remote(*args), worker=f"learner-{rank}", phase=method, log_path=log_path)
+            answer(
+                getattr(actor, method).options(**options).remote(*args),
+                worker=f"learner-{rank}",
+                phase=method,
+                log_path=log_path,
+            )
             for rank, (actor, log_path) in enumerate(zip(self.ranks, self._log_paths, strict=True))
         )
         return await gather_first_error(*calls)
@@ -251,7 +271,12 @@ class RayLearner:
         return dataclasses.replace(reports[0], tally=Tally.merge(r.tally for r in reports))
 
     async def export(self, version: int) -> Export:
-        return (await self._all("export", version))[0]
+        async with self._exporting:
+            return Export.joined(await self._all("export", version, beside=self.exports_beside))
+
+    async def complete(self) -> Export:
+        async with self._exporting:
+            return Export.joined(await self._all("complete", beside=True))
 
     async def save(self, path: Path) -> None:
         await self._all("save", path)
@@ -292,12 +317,13 @@ class RayWorkers:
         sampler: SamplerConfig,
         learner: LearnerConfig,
         verifier: VerifierConfig,
+        publish: PublishConfig,
         max_model_len: int,
         log_dir: Path,
     ) -> None:
         self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
         self._log_dir = log_dir
-        self.learner = self._start_learner(learner)
+        self.learner = self._start_learner(learner, publish)
         self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
         log_path = log_dir / "verifier.log"
         process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
@@ -308,6 +334,9 @@ class RayWorkers:
 
     async def fetch(self, handle: Handle) -> RolloutGroup:
         return unpack_group(await handle) if isinstance(handle, ray.ObjectRef) else handle
+
+    async def fetch_version(self, export: Export) -> WeightPatch:
+        return joined_patch([unpack_patch(part) for part in await asyncio.gather(*export.handles)])
 
     async def restart(self, sampler: RaySampler) -> RaySampler:
         ray.kill(sampler.actor, no_restart=True)
@@ -329,19 +358,21 @@ class RayWorkers:
             log_dir=self._log_dir,
         )
 
-    def _start_learner(self, config: LearnerConfig) -> RayLearner:
+    def _start_learner(self, config: LearnerConfig, publish: PublishConfig) -> RayLearner:
         master = (ray.util.get_node_ip_address(), _free_port())
         serve_dtype = self._sampler_config.dtype
         actors, log_paths = [], []
         for rank in range(config.ranks):
             log_paths.append(self._log_dir / f"learner-{rank}.log")
-            process = ray.remote(_LearnerProcess).options(
+            two_threads: Any = ray.remote(concurrency_groups={BESIDE: 1})  # pyright: ignore[reportCallIssue]
+            process = two_threads(_LearnerProcess).options(
                 num_cpus=0,
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": _learner_environment(config)},
             )
-            actors.append(process.remote(self._model_path, config, serve_dtype, rank, master, log_paths[-1]))
-        return RayLearner(actors, log_paths)
+            changes = publish.encoding == "delta"
+            actors.append(process.remote(self._model_path, config, serve_dtype, changes, rank, master, log_paths[-1]))
+        return RayLearner(actors, log_paths, exports_beside=config.lora is None)
 
 
 def _learner_environment(config: LearnerConfig) -> dict[str, str]:

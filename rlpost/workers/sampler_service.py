@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
+from rlpost.core.patch import UpdateRefused, WeightPatch
 from rlpost.engines.base import RolloutRequest, SamplerEngine
 from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.ports import GroupRequest, Seconds
 from rlpost.pipeline.step_metrics import WAIT
-from rlpost.types import Rollout, RolloutGroup, WeightUpdate
+from rlpost.types import Rollout, RolloutGroup
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class SamplerService:
         self._engine, self._run = engine, run
         self._ledger = Ledger(WAIT)
         self._incoming: deque[RolloutRequest] = deque()
-        self._updates: deque[tuple[WeightUpdate, asyncio.Future[int]]] = deque()
+        self._updates: deque[tuple[WeightPatch, asyncio.Future[int]]] = deque()
         self._waiting: dict[str, asyncio.Future[Rollout]] = {}
         self._finished: list[tuple[str, Rollout]] = []
         self._arrived = asyncio.Event()
@@ -58,10 +59,19 @@ class SamplerService:
         self._wake()
         return RolloutGroup(prompt=request.prompt, rollouts=tuple(await asyncio.gather(*futures)))
 
-    async def update(self, update: WeightUpdate) -> int:
-        """Swap weights before the next decode step; returns the version the engine proved to hold."""
+    @property
+    def held(self) -> int | None:
+        """See `SamplerEngine.held`; None while an update is under way."""
+        return self._engine.held
+
+    async def update(self, patch: WeightPatch) -> int:
+        """Change the weights before the next decode step; returns the version the engine proved to hold.
+
+        Raises:
+            UpdateRefused: as `SamplerEngine.update`.
+        """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._updates.append((update, done))
+        self._updates.append((patch, done))
         self._wake()
         return await done
 
@@ -101,13 +111,13 @@ class SamplerService:
         self._updates.clear()
         self._incoming.clear()
 
-    async def _apply(self, update: WeightUpdate, done: asyncio.Future[int]) -> None:
-        """Update the engine; while an update stands refused nothing is decoded, and running requests wait."""
+    async def _apply(self, patch: WeightPatch, done: asyncio.Future[int]) -> None:
+        """Update the engine; while it holds no proved version nothing is decoded, and running requests wait."""
         with self._ledger.state("update"):
             try:
-                await self._run(lambda: self._engine.update(update))
-            except RuntimeError as error:
-                self._refused = True
+                await self._run(lambda: self._engine.update(patch))
+            except UpdateRefused as error:
+                self._refused = self._engine.held is None
                 done.set_exception(error)
             else:
                 self._refused = False

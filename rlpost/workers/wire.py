@@ -1,4 +1,4 @@
-"""Groups and versions as flat arrays, so that they cross process borders without copying tensor by tensor.
+"""Groups and versions as flat arrays, which cross process borders by shared memory.
 
 Ray hands numpy buffers over by shared memory; a torch tensor would be pickled. Packing changes no bit.
 """
@@ -6,14 +6,17 @@ Ray hands numpy buffers over by shared memory; a torch tensor would be pickled. 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan, WeightUpdate
+from rlpost.core.patch import WeightPatch
+from rlpost.core.payloads import Buffer
+from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,37 +75,29 @@ def unpack_group(packed: PackedGroup) -> RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedUpdate:
-    """A `WeightUpdate` as bytes: numpy knows no bfloat16."""
+class PackedPatch:
+    """A `WeightPatch` with its payloads apart, in order."""
 
-    version: int
-    arrays: Mapping[str, np.ndarray]
-    dtypes: Mapping[str, torch.dtype]
-    shapes: Mapping[str, tuple[int, ...]]
-    checksums: Mapping[str, str]
+    patch: WeightPatch
+    """Its pieces have empty payloads."""
+    payloads: tuple[np.ndarray, ...]
 
 
-def pack_update(update: WeightUpdate) -> PackedUpdate:
-    return PackedUpdate(
-        version=update.version,
-        arrays={name: t.contiguous().flatten().view(torch.uint8).numpy() for name, t in update.tensors.items()},
-        dtypes={name: t.dtype for name, t in update.tensors.items()},
-        shapes={name: tuple(t.shape) for name, t in update.tensors.items()},
-        checksums=update.checksums,
-    )
+def pack_patch(patch: WeightPatch) -> PackedPatch:
+    payloads = [np.frombuffer(p.payload, np.uint8) for tensor in patch.tensors.values() for p in tensor.pieces]
+    return PackedPatch(patch=_with_payloads(patch, repeat(b"")), payloads=tuple(payloads))
 
 
-def unpack_update(packed: PackedUpdate) -> WeightUpdate:
-    return WeightUpdate(
-        version=packed.version,
-        tensors={
-            name: _tensor(array).view(packed.dtypes[name]).reshape(packed.shapes[name])
-            if array.size
-            else torch.empty(packed.shapes[name], dtype=packed.dtypes[name])
-            for name, array in packed.arrays.items()
-        },
-        checksums=packed.checksums,
-    )
+def unpack_patch(packed: PackedPatch) -> WeightPatch:
+    return _with_payloads(packed.patch, (array.data for array in packed.payloads))
+
+
+def _with_payloads(patch: WeightPatch, payloads: Iterator[Buffer]) -> WeightPatch:
+    tensors = {
+        name: replace(tensor, pieces=tuple(replace(piece, payload=next(payloads)) for piece in tensor.pieces))
+        for name, tensor in patch.tensors.items()
+    }
+    return replace(patch, tensors=tensors)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlpost.core import delta
-from rlpost.core.delta import Piece, TensorPatch, apply, apply_pieces, encode, encode_flat
+from rlpost.core.delta import Piece, TensorPatch, apply, apply_pieces, check_sections, encode, encode_section, joined
 from rlpost.core.payloads import PlaneWriter
 from rlpost.core.weights import bits, checksum
 
@@ -101,7 +102,10 @@ def test_a_patched_tensor_is_the_published_one_in_every_byte(
 
     assert max(patch.num_bytes, complete.num_bytes) <= published.numel() * dtype.itemsize
     assert patch.num_changed == int((bits(held) != bits(published)).sum())
-    assert patch.after == checksum(published)
+    for found in (patch, complete):
+        (section,) = found.sections
+        assert (section.start, section.stop) == (0, held.numel())
+        assert section.after == checksum(published.flatten())
     assert bool(patch.pieces) == (patch.num_changed > 0)
 
 
@@ -136,7 +140,7 @@ def test_each_encoding_is_taken_where_it_is_smallest() -> None:
     assert encoding(weights, all_stepped)[0] == "diff"
     assert encoding(noise, weights)[0] == "raw" and encoding(noise, weights)[1] < 30_000
     assert encoding(weights, noise) == ("raw", 40_000)
-    assert encode(weights, noise).before is None, "what is whole and raw applies to anything"
+    assert encode(weights, noise).sections[0].before is None, "what is whole and raw applies to anything"
     assert encoding(None, weights)[0] == "raw" and encoding(None, noise) == ("raw", 40_000)
 
 
@@ -152,16 +156,146 @@ def test_a_piece_of_a_few_entries_by_hand() -> None:
     assert piece.payload.hex() == "0100000001000000" + "0100000082" + "0100000000" + "010000007f" + "010000003f"
 
 
-def test_a_rank_encodes_its_own_shard_and_the_pieces_join() -> None:
+def cut(num_entries: int, num_ranks: int, random: np.random.Generator) -> list[tuple[int, int]]:
+    """Where the sections of the ranks begin and end, anywhere; some may be empty."""
+    ends = sorted(random.integers(0, num_entries + 1, num_ranks - 1).tolist())
+    return list(itertools.pairwise([0, *ends, num_entries]))
+
+
+def encode_sections(before: Tensor | None, after: Tensor, cuts: Sequence[tuple[int, int]]) -> list[TensorPatch]:
+    base_N, target_N = None if before is None else before.flatten(), after.flatten()
+    return [
+        encode_section(
+            None if base_N is None else base_N[start:stop],
+            target_N[start:stop],
+            shape=tuple(after.shape),
+            start=start,
+        )
+        for start, stop in cuts
+    ]
+
+
+@given(
+    dtype=st.sampled_from(FLOATS + INTEGERS),
+    shape=st.sampled_from(SHAPES),
+    densities=st.tuples(*[st.sampled_from([0.0, 0.01, 0.1, 0.4, 0.6, 1.0])] * 2),
+    kind=st.sampled_from(["any", "next", "same"]),
+    num_ranks=st.sampled_from([1, 2, 3, 7]),
+    chunk=st.sampled_from([7, 64, 1 << 22]),
+    seed=st.integers(0, 1 << 16),
+)
+@settings(max_examples=300, deadline=None)
+def test_sections_of_any_ranks_join_into_the_patch_of_the_tensor(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    densities: tuple[float, float],
+    kind: str,
+    num_ranks: int,
+    chunk: int,
+    seed: int,
+) -> None:
+    """The two halves of the tensor change more and less, so that one section may be whole and the next a change."""
+    random = np.random.default_rng(seed)
+    held = random_bits(shape, dtype, random)
+    middle = held.numel() // 2
+    halves = (held.flatten()[:middle], held.flatten()[middle:])
+    bits_N = torch.cat([bits(moved(half, d, kind, random)) for half, d in zip(halves, densities, strict=True)])
+    published = bits_N.view(dtype).view(shape)
+    cuts = cut(held.numel(), num_ranks, random)
+    with chunks_of(chunk):
+        parts, complete = encode_sections(held, published, cuts), encode_sections(None, published, cuts)
+    for base, of_ranks in ((held, parts), (None, complete)):
+        patch = joined([of_ranks[i] for i in random.permutation(num_ranks)])
+        assert same_bytes(apply(patch, base), published)
+        assert [(section.start, section.stop) for section in patch.sections] == cuts
+        assert patch.num_bytes == sum(part.num_bytes for part in of_ranks)
+        assert patch.full_bytes == published.numel() * dtype.itemsize
+    patch = joined(parts)
+    assert patch.num_changed == int((bits(held) != bits(published)).sum())
+    in_place = held.flatten().clone()
+    apply_pieces(patch.pieces, in_place)
+    assert same_bytes(in_place.view(shape), published)
+
+
+def every_fiftieth(num_entries: int) -> Tensor:
+    return torch.arange(num_entries).remainder(50).eq(7).float()
+
+
+def test_sections_that_are_not_the_tensor_once_are_refused() -> None:
+    before, after = torch.zeros(600), every_fiftieth(600)
+    first, second, third = encode_sections(before, after, [(0, 200), (200, 300), (300, 600)])
+    assert same_bytes(apply(joined([third, first, second]), before), after)
+    (overlapping,) = encode_sections(before, after, [(200, 400)])
+    for parts, message in [
+        ([second, third], "a section starts at entry 200 and the one before it ends at 0"),
+        ([first, third], "a section starts at entry 300 and the one before it ends at 200"),
+        ([first, second], r"its sections end at entry 300 of a tensor of shape \(600,\)"),
+        ([first, first, second, third], "a section starts at entry 0 and the one before it ends at 200"),
+        ([first, second, third, third], "a section starts at entry 300 and the one before it ends at 600"),
+        ([first, second, overlapping, third], "a section starts at entry 200 and the one before it ends at 300"),
+        ([first, overlapping, third], "a section starts at entry 300 and the one before it ends at 400"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            joined(parts)
+        with pytest.raises(ValueError, match=message):
+            apply(replace(first, sections=tuple(part.sections[0] for part in parts)), before)
+    whole = encode_sections(None, after, [(0, 200), (200, 600)])
+    for parts in (whole[:1], whole[1:], [*whole, whole[0]], [*whole, whole[1]]):
+        with pytest.raises(ValueError, match=r"entr(y|ies) "):
+            joined(parts)
+
+
+def test_sections_of_different_tensors_do_not_join() -> None:
+    parts = encode_sections(None, torch.ones(6), [(0, 3), (3, 6)])
+    for other in (replace(parts[1], shape=(2, 3)), replace(parts[1], dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"its sections are of tensors of .*\(6, torch.float32\)"):
+            joined([parts[0], other])
+
+
+def test_one_section_may_be_whole_and_another_a_change() -> None:
     random = np.random.default_rng(0)
-    before = random_bits((1000,), torch.bfloat16, random)
-    after = moved(before, 0.05, "next", random)
-    with chunks_of(64):
-        pieces = encode_flat(before[:333], after[:333]) + encode_flat(before[333:], after[333:], 333)
-    patch = TensorPatch(
-        shape=(10, 100), dtype=torch.bfloat16, pieces=pieces, before=checksum(before.view(10, 100)), after=checksum(after.view(10, 100))
-    )  # fmt: skip
-    assert same_bytes(apply(patch, before.view(10, 100)), after.view(10, 100))
+    before, noise = torch.zeros(800), random_bits((400,), torch.float32, random)
+    after = torch.cat([noise, every_fiftieth(400)])
+    whole, change = encode_sections(before, after, [(0, 400), (400, 800)])
+    assert whole.sections[0].before is None and change.sections[0].before is not None
+    patch = joined([whole, change])
+    held = before.clone()
+    held[:400] = 7.0  # whatever lies under the section that is whole
+    assert same_bytes(apply(patch, held), after)
+    with pytest.raises(ValueError, match="and none is held"):
+        apply(patch, None)
+    with pytest.raises(ValueError, match="states no base for entries 0 to 400, and its pieces do not cover them"):
+        check_sections(replace(patch, pieces=change.pieces))
+    other = encode_section(None, random_bits((400,), torch.float32, random), shape=(800,), compress=False)
+    with pytest.raises(ValueError, match="entries 0 to 400 have checksum"):
+        apply(replace(patch, pieces=(*other.pieces, *change.pieces)), before)
+    held[400] = 7.0
+    with pytest.raises(ValueError, match="applies to entries 400 to 800 with checksum"):
+        apply(patch, held)
+
+
+def test_new_values_left_as_they_are_are_views_and_nothing_is_packed() -> None:
+    after = torch.ones(200, dtype=torch.bfloat16)
+    with chunks_of(64), mock.patch.object(PlaneWriter, "pack", side_effect=AssertionError("packed")):
+        first = encode_section(None, after[:50], shape=(200,), compress=False)
+        rest = encode_section(None, after[50:], shape=(200,), start=50, compress=False)
+    assert [(p.start, p.stop, p.encoding, len(p.payload)) for p in rest.pieces] == [
+        (50, 114, "raw", 128), (114, 178, "raw", 128), (178, 200, "raw", 44),
+    ]  # fmt: skip
+    assert rest.num_changed == 150
+    assert same_bytes(apply(joined([rest, first]), None), after)
+    after[50], after[199] = 2.0, 3.0
+    assert b"".join(piece.payload for piece in rest.pieces) == bits(after[50:]).numpy().tobytes(), "not the same memory"
+
+
+def test_a_checksum_that_the_caller_knows_is_not_computed_again() -> None:
+    before, after = torch.zeros(100), every_fiftieth(100)
+    with mock.patch.object(delta, "checksum", side_effect=checksum) as computed:
+        patch = encode_section(before, after, shape=(100,), before_checksum="known")
+    (section,) = patch.sections
+    assert (section.before, section.after) == ("known", checksum(after)) and computed.call_count == 1
+    noise = random_bits((100,), torch.float32, np.random.default_rng(0))
+    assert encode_section(before, noise, shape=(100,), before_checksum="known").sections[0].before is None
 
 
 def test_a_served_parameter_changes_in_place_where_the_view_lies_and_nowhere_else() -> None:
@@ -182,7 +316,7 @@ def test_a_served_parameter_changes_in_place_where_the_view_lies_and_nowhere_els
         (None, r"applies to torch.float32 of shape \(4, 3\), and none is held"),
         (torch.ones(3, 4), r"torch.float32 of shape \(4, 3\), and torch.float32 of \(3, 4\) is held"),
         (torch.ones(4, 3, dtype=torch.float16), r"torch.float32 of shape \(4, 3\), and torch.float16"),
-        (torch.ones(4, 3).index_fill(0, torch.tensor(3), 2.0), "with checksum [0-9a-f]{32}, and one with [0-9a-f]{32} is held"),
+        (torch.ones(4, 3).index_fill(0, torch.tensor(3), 2.0), "to entries 0 to 12 with checksum [0-9a-f]{32}, and [0-9a-f]{32} is held"),
     ],
     ids=["none", "shape", "dtype", "values"],
 )  # fmt: skip
@@ -199,7 +333,9 @@ def test_a_patch_that_leads_elsewhere_is_refused() -> None:
     before = torch.ones(4)
     patch = encode(before, torch.tensor([1.0, 2.0, 1.0, 1.0]))
     other = encode(before, torch.tensor([1.0, 3.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match=f"checksum is {other.after}, and {patch.after} was published"):
+    (found,), (published,) = other.sections, patch.sections
+    message = f"entries 0 to 4 have checksum {found.after}, and {published.after} was published"
+    with pytest.raises(ValueError, match=message):
         apply(replace(patch, pieces=other.pieces), before)
 
 
@@ -207,7 +343,7 @@ def test_a_patch_without_a_base_must_cover_its_tensor() -> None:
     with chunks_of(2):
         patch = encode(None, torch.tensor([1.0, 2.0, 3.0]))
     for pieces in (patch.pieces[:1], patch.pieces[1:], ()):
-        with pytest.raises(ValueError, match=r"do not cover a tensor of shape \(3,\)"):
+        with pytest.raises(ValueError, match="states no base for entries 0 to 3, and its pieces do not cover them"):
             apply(replace(patch, pieces=pieces), None)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost.core.weights import checksum
-from rlpost.types import WeightUpdate
+from rlpost.core.delta import TensorPatch, encode_section
+from rlpost.core.patch import WeightPatch, joined_patch
+from rlpost.types import WeightImage
 from tests.engines.learner_jobs import Job, Kind, close, free_port, make_learner
 
 END_IDS = (1, *range(40, 50))
@@ -91,8 +93,30 @@ def random_weights(model_path: Path, seed: int) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
 
-def make_update(version: int, tensors: Mapping[str, Tensor]) -> WeightUpdate:
-    return WeightUpdate(version=version, tensors=tensors, checksums={n: checksum(t) for n, t in tensors.items()})
+def make_update(
+    version: int, tensors: Mapping[str, Tensor], *, base: WeightImage | None = None, num_ranks: int = 1
+) -> WeightPatch:
+    """What changed since `base`, or all of it, joined from what each of `num_ranks` ranks encodes of every tensor."""
+    parts: list[dict[str, TensorPatch]] = [{} for _ in range(num_ranks)]
+    for name, tensor in tensors.items():
+        after_N = tensor.flatten()
+        before_N = None if base is None else base.tensors[name].flatten()
+        edges = [rank * len(after_N) // num_ranks for rank in range(num_ranks + 1)]
+        for part, (start, stop) in zip(parts, pairwise(edges), strict=True):
+            before = None if before_N is None else before_N[start:stop]
+            part[name] = encode_section(before, after_N[start:stop], shape=tuple(tensor.shape), start=start)
+    number = None if base is None else base.version
+    return joined_patch([WeightPatch(version=version, base=number, tensors=part) for part in parts])
+
+
+def stepped(tensors: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
+    """A share of the entries of every matrix takes another value of its tensor; vectors stay."""
+    generator = torch.Generator().manual_seed(seed)
+    after = {}
+    for name, tensor in tensors.items():
+        changed = torch.rand(tensor.shape, generator=generator) < (share if tensor.ndim > 1 else 0.0)
+        after[name] = torch.where(changed, tensor.flatten().flip(0).view(tensor.shape), tensor)
+    return after
 
 
 class Reference:

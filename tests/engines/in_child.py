@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from rlpost.core.patch import WeightPatch
 from rlpost.engines.base import RolloutRequest
-from rlpost.types import Rollout, WeightUpdate
+from rlpost.types import Rollout
 
 
 class SamplerInChild:
@@ -46,6 +47,10 @@ class SamplerInChild:
     def version(self) -> int:
         return self.call(getattr, "version")
 
+    @property
+    def held(self) -> int | None:
+        return self.call(getattr, "held")
+
     def add(self, request: RolloutRequest) -> None:
         self.call(_method, "add", request)
 
@@ -58,8 +63,8 @@ class SamplerInChild:
     def step(self) -> list[tuple[str, Rollout]]:
         return self.call(_method, "step")
 
-    def update(self, update: WeightUpdate) -> None:
-        self.call(_method, "update", update)
+    def update(self, patch: WeightPatch) -> None:
+        self.call(_method, "update", patch)
 
     def _answer(self) -> Any:
         if not self._pipe.poll(120):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlpost.core.critic import Critic
 from rlpost.core.kto import KTO
 from rlpost.core.objective import Objective, PolicyGradient, Supervised
 from rlpost.core.preference import Preference
+from rlpost.core.weights import checksum
+from rlpost.engines.base import WeightSection
 from tests.engines.learner_jobs import DEEPSPEED, FULL, PLAIN, PLAIN_LORA, Kind, Result
 
 deepspeed_kinds = [pytest.param(kind, id=str(kind), marks=pytest.mark.engines) for kind in DEEPSPEED]
@@ -55,6 +61,33 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Preference(loss="simpo", beta=2.0, gamma=0.3),
     "kto": KTO(beta=0.5, undesirable_weight=2.0),
 }
+
+
+def check_served(ranks: Sequence[Result]) -> None:
+    """In every version the sections of all ranks are its weights in every byte, whenever they were read."""
+    for number, versions in enumerate(zip(*(rank.served for rank in ranks), strict=True)):
+        weights = versions[0].weights
+        assert not number or not same(weights, ranks[0].served[number - 1].weights)
+        found = assembled([section for version in versions for section in version.readings[0]])
+        assert {n: checksum(t) for n, t in found.items()} == {n: checksum(t) for n, t in weights.items()}
+        for version in versions:
+            first, *later = ([(s.name, s.start, checksum(s.values_N)) for s in r] for r in version.readings)
+            assert [name for name, _, _ in first] == list(weights)
+            assert all(reading == first for reading in later)
+
+
+def assembled(sections: Sequence[WeightSection]) -> dict[str, Tensor]:
+    """The weights they are sections of, each entry from exactly one."""
+    parts: dict[str, list[WeightSection]] = {}
+    for section in sorted(sections, key=lambda section: section.start):
+        parts.setdefault(section.name, []).append(section)
+    weights = {}
+    for name, of_weight in parts.items():
+        assert len({section.shape for section in of_weight}) == 1
+        ends = accumulate((len(section.values_N) for section in of_weight), initial=0)
+        assert [*(section.start for section in of_weight), math.prod(of_weight[0].shape)] == list(ends), name
+        weights[name] = torch.cat([section.values_N for section in of_weight]).view(of_weight[0].shape)
+    return weights
 
 
 def check_critic(result: Result, expected: Result, tolerance: float) -> None:

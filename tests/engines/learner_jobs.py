@@ -19,7 +19,7 @@ from rlpost.core.metrics import StepReport
 from rlpost.core.objective import PolicyGradient, StageSpec
 from rlpost.core.optimizers import AdamW
 from rlpost.core.preference import Preference
-from rlpost.engines.base import LearnerEngine
+from rlpost.engines.base import LearnerEngine, WeightSection
 from rlpost.engines.lora import LoraSpec, checkpoint_weights
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
@@ -85,6 +85,19 @@ class Job:
     """Steps."""
     stages_before: int = 0
     """Stages of one step each, before the one that is watched."""
+    serve_dtype: torch.dtype | None = None
+    """None: that of the kind."""
+    watch: bool = False
+    """Read what is served before the first step and after each; and beside them, where a rank reads alone."""
+
+
+@dataclass
+class Served:
+    """A version as one rank reads it."""
+
+    weights: Mapping[str, Tensor]
+    readings: list[list[WeightSection]]
+    """First right after the step, then in the middle of the forward and backward passes of the next one."""
 
 
 @dataclass
@@ -101,6 +114,8 @@ class Result:
     critic_saved: Mapping[str, Tensor] = field(default_factory=dict)
     num_state: int = 0
     """Numbers of optimizer state on this rank at the end."""
+    served: list[Served] = field(default_factory=list)
+    """Version by version, if they are watched."""
 
     @property
     def moved(self) -> Tensor:
@@ -152,7 +167,7 @@ def dense_logprobs(policy: Any, token_ids: Tensor) -> Tensor:
 
 def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
     if job.kind.zero_stage is None:
-        return PlainLearner(job.model_path, lora=job.kind.lora)
+        return PlainLearner(job.model_path, serve_dtype=job.serve_dtype or torch.float32, lora=job.kind.lora)
     from rlpost.engines.deepspeed_learner import DeepSpeedLearner
 
     return DeepSpeedLearner(
@@ -160,7 +175,7 @@ def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
         dtype=job.kind.dtype,
         zero_stage=job.kind.zero_stage,  # type: ignore[arg-type]
         micro_batch_tokens=job.micro_batch_tokens,
-        serve_dtype=job.kind.dtype,
+        serve_dtype=job.serve_dtype or job.kind.dtype,
         rank=rank,
         world_size=world_size,
         gradient_checkpointing=job.gradient_checkpointing,
@@ -256,9 +271,15 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     elif job.kind.lora is not None:
         stir(learner)
     before, critic_before = masters(learner), critic_masters(learner)
-    reports, saved, critic_saved = [], {}, {}
+    reports, saved, critic_saved, served = [], {}, {}, []
+    if job.watch:
+        served.append(Served(learner.weights(), [read(learner)]))
+        if learner.reads_alone:
+            read_beside(learner, served, rank)
     for step in range(job.num_steps):
         reports.append(train(learner, job))
+        if job.watch:
+            served.append(Served(learner.weights(), [read(learner)]))
         if job.save is not None and step + 1 == job.save_after:
             learner.save(job.save)
             saved, critic_saved = masters(learner), critic_masters(learner)
@@ -272,9 +293,31 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
         critic=critic_masters(learner),
         critic_saved=critic_saved,
         num_state=num_state(learner_optimizer(learner)),
+        served=served,
     )
     close(learner)
     return result
+
+
+def read(learner: LearnerEngine) -> list[WeightSection]:
+    """Copies of this rank's sections, each made before the next one is asked for."""
+    return [replace(section, values_N=section.values_N.clone()) for section in learner.sections()]
+
+
+def read_beside(learner: Any, served: list[Served], rank: int) -> None:
+    """From now on, read whenever the embedding's gradient is about to be computed; the first rank, whom the others would
+    keep waiting if it needed them, also when the embedding has just been."""
+
+    def note(*_: Any) -> None:
+        served[-1].readings.append(read(learner))
+
+    def on_forward(module: Any, inputs: Any, output: Tensor) -> None:
+        if rank == 0:
+            note()
+        if output.requires_grad:
+            output.register_hook(note)
+
+    learner._scorer.policy.get_input_embeddings().register_forward_hook(on_forward)
 
 
 def close(learner: Any) -> None:

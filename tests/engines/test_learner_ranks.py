@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlpost.core.critic import Critic
 from rlpost.core.metrics import Tally
@@ -16,7 +18,9 @@ from tests.engines.learner_checks import (
     CRITIC_LR,
     CRITIC_TOLERANCE,
     OBJECTIVES,
+    assembled,
     check_critic,
+    check_served,
     error,
     same,
     tolerance_of,
@@ -32,6 +36,8 @@ from tests.engines.learner_jobs import (
     Job,
     Kind,
     Result,
+    close,
+    make_learner,
     run,
     run_in_children,
 )
@@ -40,6 +46,11 @@ PAIRED = [*FULL[:3], DEEPSPEED_LORA[2]]
 KL_SPEC = replace(SPEC, objective=PolicyGradient(kl_coef=0.5))
 CRITIC_KINDS = DEEPSPEED[:4]
 """Every ZeRO stage, and the optimizer that DeepSpeed has for bfloat16."""
+SERVED = {
+    f"{kind}-serves-{str(dtype)[6:]}": (kind, dtype)
+    for kind in (PLAIN, PLAIN_LORA, *DEEPSPEED)
+    for dtype in (torch.float32, torch.bfloat16)
+}
 CRITIC_SPEC = replace(
     SPEC,
     objective=PolicyGradient(
@@ -60,12 +71,36 @@ def whole_run(kind: Kind, model_path: Path, save: Path, spec: StageSpec = KL_SPE
     return Job(kind, model_path, num_steps=4, spec=spec, save=save, stages_before=stages_before)
 
 
+def served_run(name: str, model_path: Path) -> Job:
+    kind, serve_dtype = SERVED[name]
+    return Job(kind, model_path, num_steps=2, lr=1.0, serve_dtype=serve_dtype, watch=True)
+
+
 def rest_of(job: Job) -> Job:
     return replace(job, num_steps=job.num_steps - job.save_after, load=job.save, save=None, stages_before=0)
 
 
 @pytest.fixture(scope="module")
-def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Most weights have an odd number of entries; the embedding so many (104,065) that ZeRO-3 does not keep it whole."""
+    config = LlamaConfig(
+        vocab_size=1601,
+        hidden_size=65,
+        intermediate_size=7,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("odd") / "model"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_rank_jobs(tied_model: Path, odd_model: Path, checkpoints: Path) -> dict[str, Job]:
     """The whole run of every kind, and steps whose first call has one rollout, or one pair: one of the ranks has nothing
     to train there, and the collectives of the second call must still meet."""
     jobs = {str(kind): whole_run(kind, tied_model, checkpoints / f"two-{kind}") for kind in DEEPSPEED}
@@ -79,7 +114,8 @@ def two_rank_jobs(tied_model: Path, checkpoints: Path) -> dict[str, Job]:
     few_critic = {f"{kind}-critic-few": replace(few[f"{kind}-few"], spec=CRITIC_SPEC) for kind in FULL[:3]}
     kto = replace(SPEC, objective=OBJECTIVES["kto"])
     unpaired = {f"{kind}-kto": replace(few[f"{kind}-few"], spec=kto) for kind in PAIRED}
-    return jobs | few | paired | unpaired | critic | few_critic
+    served = {name: served_run(name, odd_model) for name, (kind, _) in SERVED.items() if kind.zero_stage is not None}
+    return jobs | few | paired | unpaired | critic | few_critic | served
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +203,58 @@ def check_resumed(whole: Result, rest: Result) -> None:
     if whole.critic:
         assert not same(whole.critic_saved, whole.critic_before)
         assert [r.critic_grad_norm for r in rest.reports] == [r.critic_grad_norm for r in whole.reports[2:]]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", [name for name, (kind, _) in SERVED.items() if kind.zero_stage is not None])
+def test_the_sections_of_two_ranks_are_the_weights(name: str, two_ranks: dict[str, list[Result]]) -> None:
+    check_served(two_ranks[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if kind.zero_stage is None else pytest.mark.engines) for n, (kind, _) in SERVED.items()],
+)
+def test_the_sections_of_one_rank_are_the_weights(name: str, odd_model: Path, request: pytest.FixtureRequest) -> None:
+    job = served_run(name, odd_model)
+    if job.kind.zero_stage is not None:
+        request.getfixturevalue("process_group")
+    result = run(job)
+    check_served([result])
+    beside = [len(version.readings) > 1 for version in result.served]
+    reads_alone = job.kind.zero_stage is None or job.kind.lora is None
+    assert beside == [reads_alone, reads_alone, False]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("num_ranks", [1, 3, 7])
+def test_sections_of_many_ranks_leave_out_what_has_no_entry(
+    num_ranks: int, process_group: None, odd_model: Path
+) -> None:
+    """Under ZeRO-1 a rank reads its sections from weights that it has whole, so one can be asked for all."""
+    learner = make_learner(Job(DEEPSPEED[0], odd_model))
+    learner._scorer.policy.few = nn.Parameter(torch.arange(2.0))
+    learner._scorer.policy.scalar = nn.Parameter(torch.tensor(3.0))
+    learner._scorer.policy.none = nn.Parameter(torch.empty(0, 5))
+    sections = []
+    for rank in range(num_ranks):
+        learner._rank, learner._world_size = rank, num_ranks
+        sections += learner.sections()
+    assert same(assembled(sections), learner.weights())
+    assert [len(s.values_N) for s in sections if s.name in ("few", "scalar", "none")].count(0) == 1
+    close(learner)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("kind", FULL, ids=str)
+def test_sections_in_the_learners_dtype_are_views_of_what_a_step_writes(
+    kind: Kind, process_group: None, odd_model: Path
+) -> None:
+    learner = make_learner(Job(kind, odd_model))
+    live = [getattr(p, "ds_tensor", p) for p in learner._scorer.policy.parameters()]
+    read = [section.values_N for section in learner.sections()]
+    assert [t.data_ptr() for t in read] == [t.data_ptr() for t in live]
+    close(learner)
 
 
 @pytest.mark.engines

@@ -258,8 +258,8 @@ def test_the_gradient_is_that_of_the_merged_weight_through_the_chain_rule(tied_m
             continue
         (A, B), G = weight.adapter, gradients[weight.name]
         assert G is not None
-        torch.testing.assert_close(A.grad, 2.0 * B.detach().T @ G, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(B.grad, 2.0 * G @ A.detach().T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(A.grad, 2.0 * B.detach().T @ G, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(B.grad, 2.0 * G @ A.detach().T, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.engines

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import rlpost.engines.vllm_sampler as vllm_sampler
+from rlpost.core.delta import TensorPatch, encode
+from rlpost.core.patch import WeightPatch
 from rlpost.core.weights import bits
-from rlpost.engines.base import RolloutRequest, SamplerEngine
+from rlpost.engines.base import RolloutRequest, SamplerEngine, UpdateRefused
 from rlpost.engines.plain_sampler import PlainSampler
-from rlpost.types import Rollout
-from tests.engines.conftest import END_IDS, Reference, make_update, random_weights
+from rlpost.types import Rollout, WeightImage
+from tests.engines.conftest import END_IDS, Reference, make_update, random_weights, stepped
 from tests.engines.in_child import SamplerInChild
 
 ENGINES = ["plain", pytest.param("vllm", marks=pytest.mark.engines)]
@@ -37,12 +39,18 @@ class Subject:
     reference: Reference
     weights: dict[int, Mapping[str, Tensor]]
 
-    def publish(self, seed: int) -> int:
-        """Give it the random weights of `seed` as its next version."""
+    def publish(self, seed: int, *, delta: bool = False, num_ranks: int = 1) -> int:
+        """Give it the random weights of `seed` as its next version, whole or as what changed."""
         version = self.engine.version + 1
         self.weights[version] = random_weights(self.model_path, seed)
-        self.engine.update(make_update(version, self.weights[version]))
+        base = self.image if delta else None
+        self.engine.update(make_update(version, self.weights[version], base=base, num_ranks=num_ranks))
         return version
+
+    @property
+    def image(self) -> WeightImage:
+        """What it was given last."""
+        return WeightImage(version=self.engine.version, tensors=self.weights[self.engine.version])
 
     def finish(self) -> dict[str, Rollout]:
         rollouts = {}
@@ -124,15 +132,16 @@ def ask(*prompt: int, seed: int = 0, temperature: float = 1.0, max_tokens: int =
     )
 
 
-def test_every_logprob_is_that_of_its_version_on_its_own_prefix(subject: Subject) -> None:
+@pytest.mark.parametrize(("delta", "num_ranks"), [(False, 1), (True, 1), (True, 3)])
+def test_every_logprob_is_that_of_its_version_on_its_own_prefix(subject: Subject, delta: bool, num_ranks: int) -> None:
     """Six requests of different lengths, weights replaced by unrelated ones after 9 tokens and again after 8 more."""
     requests = [subject.lasting(*range(50, 53 + 5 * i), num_steps=9, temperature=0.7) for i in range(6)]
     for request in requests:
         subject.engine.add(request)
     subject.steps(9)
-    subject.publish(2)
+    subject.publish(2, delta=delta, num_ranks=num_ranks)
     done = dict(finished for _ in range(8) for finished in subject.engine.step())
-    subject.publish(3)
+    subject.publish(3, delta=delta, num_ranks=num_ranks)
     done |= subject.finish()
     assert max(len(rollout.spans) for rollout in done.values()) == 3
     for rollout in done.values():
@@ -234,56 +243,137 @@ def test_a_request_that_would_be_sampled_otherwise_is_refused(
     assert not subject.engine.has_work()
 
 
-def _flip_first_value(weights: dict[str, Tensor]) -> None:
-    weights["model.norm.weight"] = weights["model.norm.weight"].clone()
-    bits(weights["model.norm.weight"])[0] ^= 1
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_sparse_delta_gives_the_weights_of_a_complete_update(subject: Subject, num_ranks: int) -> None:
+    """1% of the entries of every matrix; the same tokens, their log-probs equal in every bit."""
+    request = ask(60, 61, 62, max_tokens=24)
+    base, version = subject.image, subject.engine.version + 1
+    subject.weights[version] = stepped(base.tensors, 0.01, seed=5)
+    patch = make_update(version, subject.weights[version], base=base, num_ranks=num_ranks)
+    assert 0.005 < patch.num_changed / patch.num_values < 0.015
+    subject.engine.update(patch)
+    (changed,) = subject.sample(request)
+    assert subject.engine.held == version
+    assert subject.largest_error(changed, temperature=1.0) < EXACT
+    assert subject.largest_error(changed, temperature=1.0, weights=base.tensors) > 0.01
+    subject.engine.update(make_update(version, subject.weights[version]))
+    (complete,) = subject.sample(replace(request, id="again"))
+    assert torch.equal(changed.token_ids, complete.token_ids)
+    assert torch.equal(bits(changed.sampler_logprobs), bits(complete.sampler_logprobs))
 
 
-def _lose_tensor(weights: dict[str, Tensor]) -> None:
-    del weights["model.layers.1.self_attn.k_proj.weight"]
+def test_a_delta_of_another_version_is_refused_and_sampling_goes_on(subject: Subject) -> None:
+    version, weights = subject.engine.version, random_weights(subject.model_path, 2)
+    subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
+    subject.steps(5)
+    elsewhere = replace(subject.image, version=version - 1)
+    message = f"update {version + 1} applies to version {version - 1}, and version {version} is held"
+    with pytest.raises(UpdateRefused, match=message):
+        subject.engine.update(make_update(version + 1, weights, base=elsewhere))
+    assert (subject.engine.version, subject.engine.held) == (version, version)
+    (rollout,) = subject.finish().values()
+    assert [(s.version, s.start) for s in rollout.spans] == [(version, 0)]
+    assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
-def _cut_tensor(weights: dict[str, Tensor]) -> None:
-    weights["lm_head.weight"] = weights["lm_head.weight"][:, :1].contiguous()
+@pytest.mark.parametrize("kind", ENGINES)
+def test_what_a_sampler_starts_with_is_not_proved(kind: str, served_model: Path) -> None:
+    """Its first version must come whole, though it could be a delta of the model directory."""
+    for subject in _subject(kind, served_model):
+        assert (subject.engine.version, subject.engine.held) == (0, None)
+        weights = random_weights(served_model, 1)
+        with pytest.raises(UpdateRefused, match="update 1 applies to version 0, and nothing proved is held"):
+            subject.engine.update(make_update(1, weights, base=WeightImage(version=0, tensors=weights)))
+        subject.publish(1)
+        assert (subject.engine.version, subject.engine.held) == (1, 1)
 
 
-def _widen_tensor(weights: dict[str, Tensor]) -> None:
-    weights["model.norm.weight"] = weights["model.norm.weight"].double()
+Tensors = dict[str, TensorPatch]
+NORM = "model.norm.weight"
 
 
-def _add_tensor(weights: dict[str, Tensor]) -> None:
-    weights["model.norm.bias"] = torch.zeros(64)
+def _state_another_result(tensors: Tensors) -> None:
+    (section,) = tensors[NORM].sections
+    tensors[NORM] = replace(tensors[NORM], sections=(replace(section, after="0" * 32),))
+
+
+def _state_a_base(tensors: Tensors) -> None:
+    (section,) = tensors[NORM].sections
+    tensors[NORM] = replace(tensors[NORM], sections=(replace(section, before="0" * 32),))
+
+
+def _flip_one_bit(tensors: Tensors) -> None:
+    """The lowest one of the payload's last byte."""
+    (piece,) = tensors[NORM].pieces
+    payload = bytes(piece.payload)
+    tensors[NORM] = replace(tensors[NORM], pieces=(replace(piece, payload=payload[:-1] + bytes([payload[-1] ^ 1])),))
+
+
+def _cut_payload(tensors: Tensors) -> None:
+    (piece,) = tensors[NORM].pieces
+    tensors[NORM] = replace(tensors[NORM], pieces=(replace(piece, payload=piece.payload[:-1]),))
+
+
+def _lose_section(tensors: Tensors) -> None:
+    tensors[NORM] = replace(tensors[NORM], sections=())
+
+
+def _lose_tensor(tensors: Tensors) -> None:
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+
+
+def _cut_tensor(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = encode(None, torch.ones(tensors["lm_head.weight"].shape[0], 1))
+
+
+def _widen_tensor(tensors: Tensors) -> None:
+    tensors[NORM] = encode(None, torch.ones(64, dtype=torch.float64))
+
+
+def _add_tensor(tensors: Tensors) -> None:
+    tensors["model.norm.bias"] = encode(None, torch.zeros(64))
+
+
+BAD = [
+    (_state_another_result, f"{NORM}: entries 0 to 64 have checksum"),
+    (_flip_one_bit, NORM),
+    (_cut_payload, NORM),
+    (_lose_section, f"{NORM}: its sections end at entry 0"),
+    (_lose_tensor, "model.layers.1.self_attn"),
+    (_cut_tensor, "lm_head.weight"),
+    (_widen_tensor, NORM),
+    (_add_tensor, "model.norm.bias"),
+]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named", "resign"),
+    ("spoil", "named", "delta"),
     [
-        (_flip_first_value, "model.norm.weight", False),
-        (_lose_tensor, "k_proj", False),
-        (_lose_tensor, "model.layers.1.self_attn", True),
-        (_cut_tensor, "lm_head.weight", True),
-        (_widen_tensor, "model.norm.weight", True),
-        (_add_tensor, "model.norm.bias", True),
+        *((spoil, named, delta) for spoil, named in BAD for delta in (False, True)),
+        (_state_a_base, f"{NORM}: the update applies to no version, and is not all of it", False),
     ],
 )
-def test_a_bad_update_is_refused_and_sampling_waits_for_a_good_one(
-    subject: Subject, spoil: Callable[[dict[str, Tensor]], None], named: str, resign: bool
+def test_a_bad_update_is_refused_and_sampling_waits_for_a_complete_one(
+    subject: Subject, spoil: Callable[[Tensors], None], named: str, delta: bool
 ) -> None:
-    """`resign`: the publisher itself made the mistake, so the checksums agree with it."""
-    version = subject.engine.version
+    version, base = subject.engine.version, subject.image
     subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
     subject.steps(5)
-    weights = random_weights(subject.model_path, 2)
-    checksums = make_update(version + 1, weights).checksums
-    spoil(weights)
-    update = make_update(version + 1, weights)
+    good = make_update(version + 1, random_weights(subject.model_path, 2), base=base if delta else None)
+    tensors = dict(good.tensors)
+    spoil(tensors)
+    with pytest.raises(UpdateRefused, match=f"weight update {version + 1}: .*{named}"):
+        subject.engine.update(replace(good, tensors=tensors))
+    assert (subject.engine.version, subject.engine.held) == (version, None)
     with pytest.raises(RuntimeError, match=named):
-        subject.engine.update(update if resign else replace(update, checksums=checksums))
-    assert subject.engine.version == version
+        subject.engine.step()
+    with pytest.raises(UpdateRefused, match="nothing proved is held"):
+        subject.engine.update(make_update(version + 1, random_weights(subject.model_path, 2), base=base))
     with pytest.raises(RuntimeError, match=named):
         subject.engine.step()
     assert subject.engine.has_work()
     assert subject.publish(2) == version + 1
+    assert subject.engine.held == version + 1
     (rollout,) = subject.finish().values()
     assert [(s.version, s.start) for s in rollout.spans] == [(version, 0), (version + 1, 5)]
     assert subject.largest_error(rollout, temperature=1.0) < EXACT
@@ -310,38 +400,66 @@ def test_a_tied_output_layer_follows_its_embedding(kind: str, tied_model: Path) 
         assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
-def flip_one_bit_after_loading(sampler: Any, parameter_name: str, index: int) -> None:
-    """Make the next update of this vLLM sampler lose one bit between load and proof."""
-    load = vllm_sampler.load_in_place
+def flip_bit(sampler: Any, parameter_name: str, index: int) -> None:
+    """Make the sampler's model lose one bit."""
 
-    def load_badly(model: Any, update: Any) -> None:
-        load(model, update)
-        vllm_sampler.load_in_place = load
+    def flip(model: Any) -> None:
         bits(dict(model.named_parameters())[parameter_name].data).view(-1)[index] ^= 1
 
-    vllm_sampler.load_in_place = load_badly
+    flip(sampler._model) if isinstance(sampler, PlainSampler) else sampler._engine.apply_model(flip)
+
+
+def flip_bit_before_proof(sampler: Any, parameter_name: str, index: int) -> None:
+    """Make the next update of this vLLM sampler lose one bit between writing and proof."""
+    weight_map = sampler._weight_map
+    prove = weight_map.prove
+
+    def prove_after_loss(patch: WeightPatch) -> None:
+        weight_map.prove = prove
+        flip_bit(sampler, parameter_name, index)
+        prove(patch)
+
+    weight_map.prove = prove_after_loss
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+@pytest.mark.parametrize("name", [NORM, "model.embed_tokens.weight"])
+def test_a_delta_is_refused_by_a_model_that_lost_one_bit_since(subject: Subject, name: str, share: float) -> None:
+    """Whether the delta changes something elsewhere in the tensor, only in others, or nowhere."""
+    version, base = subject.engine.version, subject.image
+    if isinstance(subject.engine, SamplerInChild):
+        subject.engine.call(flip_bit, name, 7)
+    else:
+        flip_bit(subject.engine, name, 7)
+    with pytest.raises(UpdateRefused, match=f"{name}: entries 0 to"):
+        subject.engine.update(make_update(version + 1, stepped(base.tensors, share, seed=5), base=base))
+    assert (subject.engine.version, subject.engine.held) == (version, None)
+    subject.publish(1)
+    (rollout,) = subject.sample(ask(60, 61, 62))
+    assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
 @pytest.mark.engines
 @pytest.mark.parametrize("running_subject", ["vllm"], indirect=True)
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(
     ("parameter_name", "index", "named"),
     [
-        ("model.layers.0.self_attn.qkv_proj.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight"),
-        ("model.layers.1.mlp.gate_up_proj.weight", -1, "model.layers.1.mlp.up_proj.weight"),
-        ("model.embed_tokens.weight", -1, "model.embed_tokens.weight"),
+        ("model.layers.0.self_attn.qkv_proj.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
+        ("model.layers.1.mlp.gate_up_proj.weight", -1, "model.layers.1.mlp.up_proj.weight: entries 0"),
+        ("model.embed_tokens.weight", -1, "model.embed_tokens.weight: 1 of"),
     ],
 )
 def test_vllm_refuses_an_update_that_lost_one_bit_inside_the_model(
-    subject: Subject, parameter_name: str, index: int, named: str
+    subject: Subject, parameter_name: str, index: int, named: str, delta: bool
 ) -> None:
     """k_proj starts after q_proj's 64 x 64 values in the fused qkv; the embedding's last rows pad the vocabulary."""
     assert isinstance(subject.engine, SamplerInChild)
     version = subject.engine.version
-    subject.engine.call(flip_one_bit_after_loading, parameter_name, index)
-    with pytest.raises(RuntimeError, match=f"{named}.*1 of"):
-        subject.publish(2)
-    assert subject.engine.version == version
+    subject.engine.call(flip_bit_before_proof, parameter_name, index)
+    with pytest.raises(UpdateRefused, match=named):
+        subject.publish(2, delta=delta)
+    assert (subject.engine.version, subject.engine.held) == (version, None)
     subject.publish(2)
 
 

@@ -122,7 +122,7 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, load_from=None, settings={...})"""
+    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
@@ -134,13 +134,16 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         eval_sets: Sequence[EvalSet] = (),
         start: Position | None = None,
         load_from: Path | None = None,
+        publish_changes: bool = True,
+        archive: Any = None,
         **settings: Any,
     ) -> Run:
         torch.manual_seed(0)
         torch.set_num_threads(1)
         learner = PlainLearner(tiny_model)
         samplers = [wrap_sampler(LocalSampler(f"sampler-{i}", PlainSampler(tiny_model))) for i in range(num_samplers)]
-        workers = LocalWorkers(samplers, LocalVerifier(judge), LocalLearner(learner, tiny_model), restart)
+        publishing = LocalLearner(learner, tiny_model, publish_changes=publish_changes)
+        workers = LocalWorkers(samplers, LocalVerifier(judge), publishing, restart)
         tracker, checkpoints = MemoryTracker(), DirectoryCheckpoints(tmp_path / "checkpoints")
         run_settings = RunSettings(**{"seed": 0, "limits": Limits(), **settings})
         controller = Controller(
@@ -150,6 +153,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             checkpoints,
             run_settings,
             eval_sets=eval_sets,
+            archive=archive,
             start=start,
             load_from=load_from,
         )

@@ -99,8 +99,7 @@ def record(waited_s: float, sampler: dict[str, float], evaluating_s: float = 0.0
         waited_s=waited_s,
         evaluating_s=evaluating_s,
         buffer={},
-        export=None,
-        publish_s=0.0,
+        published=None,
         worker_seconds={"sampler-0": sampler, "learner": {"wait": waited_s}},
     )
 

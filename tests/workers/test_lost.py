@@ -23,7 +23,7 @@ def test_a_learner_that_dies_before_its_weights_are_loaded_is_the_one_that_is_na
     sampler = RaySampler(
         "sampler-0", SimpleNamespace(update=SimpleNamespace(remote=update)), tmp_path / "sampler-0.log"
     )
-    export = Export(version=4, handle=None, num_bytes=0, unchanged_fraction=None)
+    export = Export(version=4, base=3, handles=(None,), num_bytes=0, full_bytes=2, num_changed=0, num_values=1)
     with pytest.raises(
         RuntimeError, match=r"learner-0 was lost during the update to version 4 of sampler-0.*\nout of mem"
     ):

@@ -7,9 +7,10 @@ import warnings
 
 import torch
 
-from rlpost.core.weights import bits, checksum
-from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan, WeightUpdate
-from rlpost.workers.wire import pack_group, pack_update, unpack_group, unpack_update
+from rlpost.core.patch import diff, patched, to_bytes
+from rlpost.core.weights import bits
+from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan, WeightImage
+from rlpost.workers.wire import pack_group, pack_patch, unpack_group, unpack_patch
 
 
 def rollout(num_prompt: int, num_response: int, version: int) -> Rollout:
@@ -36,21 +37,25 @@ def test_a_group_of_ragged_rollouts_survives_packing_and_pickling() -> None:
         assert (before.spans, before.finish_reason, before.text) == (after.spans, after.finish_reason, after.text)
 
 
-def test_weights_keep_every_bit_and_read_only_memory_is_no_nuisance() -> None:
-    tensors = {
+def test_a_patch_keeps_every_bit_and_read_only_memory_is_no_nuisance() -> None:
+    """Its payloads cross as arrays beside the pickle, as Ray's object store takes and gives them."""
+    before = {
         "bf16": torch.tensor([1.5, -0.0, float("inf"), float("nan")], dtype=torch.bfloat16).reshape(2, 2),
         "fp32": torch.randn(3, 5).t(),
         "scalar": torch.tensor(2.0),
         "empty": torch.zeros(0, 4),
     }
-    update = WeightUpdate(version=3, tensors=tensors, checksums={n: checksum(t) for n, t in tensors.items()})
-    packed = pack_update(update)
-    for array in packed.arrays.values():
-        array.flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        back = unpack_update(packed)
-    assert back.version == 3
-    for name, tensor in tensors.items():
-        assert back.tensors[name].shape == tensor.shape and torch.equal(bits(back.tensors[name]), bits(tensor))
-        assert checksum(back.tensors[name]) == update.checksums[name]
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    after["bf16"][1, 0] = -1.0
+    after["scalar"] += 1
+    for base in (None, WeightImage(version=2, tensors=before)):
+        patch = diff(base, WeightImage(version=3, tensors=after))
+        buffers: list[pickle.PickleBuffer] = []
+        data = pickle.dumps(pack_patch(patch), protocol=5, buffer_callback=buffers.append)
+        assert len(buffers) == sum(len(tensor.pieces) for tensor in patch.tensors.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            back = unpack_patch(pickle.loads(data, buffers=[buffer.raw().toreadonly() for buffer in buffers]))
+            assert to_bytes(back) == to_bytes(patch)
+            received = patched(base, back)
+        assert all(torch.equal(bits(received.tensors[name]), bits(tensor)) for name, tensor in after.items())

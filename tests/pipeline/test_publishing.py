@@ -1,0 +1,221 @@
+"""Changes and complete versions through a whole run: the same learning, and no wrong version whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpost.archive import VersionArchive
+from rlpost.core.patch import UpdateRefused
+from rlpost.core.weights import checksum
+from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.ports import WorkerLost
+from rlpost.workers.local import LocalSampler
+from tests.pipeline.conftest import Run, make_stage
+
+MakeRun = Callable[..., Run]
+
+
+class Watched:
+    """A sampler that notes what it was sent, and that a test can make go wrong."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.name = inner, inner.name
+        self.sent: list[tuple[int | None, int]] = []
+
+    async def sample(self, request: Any) -> Any:
+        return await self.inner.sample(request)
+
+    async def held(self) -> int | None:
+        return await self.inner.held()
+
+    async def update(self, export: Any) -> int:
+        self.sent.append((export.base, export.version))
+        return await self.inner.update(export)
+
+    async def seconds(self) -> Any:
+        return await self.inner.seconds()
+
+
+def watch(make_run: MakeRun, kind: type[Watched] = Watched, **settings: Any) -> tuple[Run, list[Any]]:
+    watched: list[Any] = []
+
+    def wrap(sampler: Any) -> Watched:
+        watched.append(kind(sampler))
+        return watched[-1]
+
+    return make_run([make_stage(staleness=1, steps=5)], wrap_sampler=wrap, **settings), watched
+
+
+def test_after_the_first_version_only_changes_are_sent_and_the_run_is_that_of_complete_ones(make_run: MakeRun) -> None:
+    stage = make_stage(staleness=0, steps=4)
+    changes, complete = make_run([stage]), make_run([stage], publish_changes=False)
+    assert changes.start().digest == complete.start().digest and changes.losses() == complete.losses()
+    bytes_of_changes, bytes_of_all = (
+        [row["publish/bytes"] / row["publish/full_bytes"] for row in run.tracker.of("step")]
+        for run in (changes, complete)
+    )
+    assert set(bytes_of_all) == {1.0} and bytes_of_changes[0] == 1.0 and max(bytes_of_changes[1:]) < 1.0
+    run, (sampler,) = watch(make_run)
+    run.start()
+    assert sampler.sent == [(None, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_a_learning_rate_of_zero_costs_no_bytes(make_run: MakeRun) -> None:
+    run = make_run([make_stage(staleness=0, steps=3, lr=0.0)]).start()
+    rows = run.tracker.of("step")
+    assert [row["publish/bytes"] for row in rows[1:]] == [0, 0]
+    assert [row["publish/unchanged_fraction"] for row in rows[1:]] == [1.0, 1.0]
+
+
+class Forgetful(Watched):
+    """Says that it holds nothing when asked before its fourth update."""
+
+    async def held(self) -> int | None:
+        return None if len(self.sent) == 3 else await super().held()
+
+
+def test_a_sampler_that_holds_another_version_is_sent_the_latest_whole(make_run: MakeRun) -> None:
+    run, (sampler,) = watch(make_run, Forgetful)
+    run.start()
+    assert sampler.sent == [(None, 0), (0, 1), (1, 2), (None, 3), (3, 4), (4, 5)]
+    assert not run.tracker.events("update_refused")
+
+
+class Damaged(Watched):
+    """One of its weights changes its sign by itself before the changes to version 2 arrive."""
+
+    async def update(self, export: Any) -> int:
+        if (export.base, export.version) == (1, 2):
+            next(self.inner._service._engine._model.parameters()).data.view(-1)[7] *= -1
+        return await super().update(export)
+
+
+def test_a_weight_that_changed_inside_a_sampler_is_noticed_at_the_next_version_and_mended(make_run: MakeRun) -> None:
+    run, (sampler,) = watch(make_run, Damaged)
+    run.start()
+    assert sampler.sent == [(None, 0), (0, 1), (1, 2), (None, 2), (2, 3), (3, 4), (4, 5)]
+    (event,) = run.tracker.events("update_refused")
+    assert (event["worker"], event["version"]) == ("sampler-0", 2) and "was published" in event["detail"]
+
+
+class Stubborn(Watched):
+    async def update(self, export: Any) -> int:
+        if export.version == 2:
+            raise UpdateRefused("model.norm.weight is not as published")
+        return await super().update(export)
+
+
+def test_a_sampler_that_refuses_a_complete_version_ends_the_run_by_name(make_run: MakeRun) -> None:
+    run, _ = watch(make_run, Stubborn)
+    with pytest.raises(RuntimeError, match=r"sampler-0 refuses the complete version 2: model.norm.weight"):
+        run.start()
+    assert len(run.tracker.events("update_refused")) == 2
+
+
+class Mortal(Watched):
+    """Dies at random, in the middle of sampling or of an update, before or after it was applied."""
+
+    rng = random.Random(0)
+    dies = 0.35
+
+    def _perhaps_die(self, phase: str) -> None:
+        if self.rng.random() < self.dies:
+            raise WorkerLost(self.name, phase, "killed by the test")
+
+    async def sample(self, request: Any) -> Any:
+        self._perhaps_die("sampling")
+        return await super().sample(request)
+
+    async def update(self, export: Any) -> int:
+        self._perhaps_die("update")
+        held = await super().update(export)
+        self._perhaps_die("update, after it")
+        return held
+
+
+def test_samplers_that_die_at_any_moment_change_nothing_that_is_learned(make_run: MakeRun, tiny_model: Any) -> None:
+    """Synchronous, so that who died can make no difference at all: not a bit of the policy."""
+    stage = make_stage(staleness=0, steps=40, prompts=3, group_size=2, max_tokens=3)
+    undisturbed = make_run([stage]).start()
+    num_restarts = 0
+
+    async def restart(dead: Any) -> Mortal:
+        nonlocal num_restarts
+        num_restarts += 1
+        return Mortal(LocalSampler(dead.name, PlainSampler(tiny_model)))
+
+    limits = Limits(max_restarts=10_000)
+    run = make_run([stage], num_samplers=3, wrap_sampler=Mortal, restart=restart, limits=limits).start()
+    assert num_restarts >= 200 and len(run.tracker.events("sampler_restarted")) >= 100  # some die again at once
+    assert run.digest == undisturbed.digest and run.losses() == undisturbed.losses()
+
+
+def test_an_archive_holds_every_version_whatever_is_published(make_run: MakeRun, tmp_path: Path) -> None:
+    """Anchors every third version, complete ones or changes published, and a run that goes on from the middle."""
+    stage = make_stage(staleness=1, steps=8)
+    digests: dict[int, dict[str, str]] = {}
+
+    def watch_versions(run: Run) -> Run:
+        learner = run.controller.workers.learner
+        export = learner.export
+
+        async def watched(version: int) -> Any:
+            digests[version] = run.digest
+            return await export(version)
+
+        learner.export = watched  # type: ignore[method-assign]
+        return run
+
+    for name, changes in (("changes", True), ("complete", False)):
+        archive = VersionArchive(tmp_path / name, anchor_every=3)
+        first = watch_versions(make_run([stage], archive=archive, publish_changes=changes, checkpoint_every=5)).start()
+        assert archive.versions == list(range(9))
+        anchors = sorted(int(file.name[:8]) for file in (tmp_path / name).glob("*-complete.patch"))
+        assert anchors == ([0, 3, 6] if changes else list(range(9)))
+        archive.forget_after(5 - 1)
+        start, load_from = first.checkpoints.written[0], first.checkpoints.path(5)
+        assert start.step == 5
+        watch_versions(make_run([stage], archive=archive, start=start, load_from=load_from)).start()
+        assert archive.versions == list(range(9))
+        for version, digest in digests.items():
+            rebuilt = archive.rebuild(version)
+            assert {name: checksum(tensor) for name, tensor in rebuilt.tensors.items()} == digest
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_weights_are_read_beside_the_next_gradient_and_before_the_next_step(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    """Without `exports_beside` the learner does nothing else meanwhile."""
+    run = make_run([make_stage(staleness=1, steps=5)])
+    learner: Any = run.controller.workers.learner
+    monkeypatch.setattr(type(learner), "exports_beside", beside)
+    log: list[str] = []
+
+    def logged(name: str, delay_s: float = 0.0) -> None:
+        call = getattr(learner, name)
+
+        async def wrapped(*args: Any, **kwargs: Any) -> Any:
+            log.append(f"{name} begins")
+            await asyncio.sleep(delay_s)
+            result = await call(*args, **kwargs)
+            log.append(f"{name} ends")
+            return result
+
+        setattr(learner, name, wrapped)
+
+    logged("export", 0.1)
+    logged("accumulate")
+    logged("step")
+    run.start()
+    during: set[str] = set()
+    for begin in [index for index, entry in enumerate(log) if entry == "export begins"]:
+        during.update(log[begin + 1 : log.index("export ends", begin)])
+    assert during == ({"accumulate begins", "accumulate ends"} if beside else set())
