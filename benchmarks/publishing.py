@@ -89,7 +89,7 @@ def grow(size: str) -> None:
     path = RUNS / "publishing-models" / size.replace(" ", "")
     if not (path / "config.json").exists():
         build(size, path)
-    sampler = VllmSampler(path, max_model_len=256, max_num_seqs=16, kv_cache_bytes=64 << 20)
+    sampler = VllmSampler(path, max_model_len=256, max_num_seqs=16, kv_cache_bytes=256 << 20)
     stored = StoredTensors(path)
     tensors = {name: stored.tensor(name).clone() for name in stored.names}
     num_values = sum(tensor.numel() for tensor in tensors.values())

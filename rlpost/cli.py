@@ -31,6 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     commands.add_parser("doctor", help="check this machine against what rlpost was tested with")
 
+    analyze = commands.add_parser(
+        "analyze", help="measure how sparse and of what rank the update between two models is"
+    )
+    analyze.add_argument("before", type=Path)
+    analyze.add_argument("after", type=Path)
+    analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
+    analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
+    analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")
+
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
@@ -55,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments)
         if arguments.command == "summary":
             return _summary(arguments.run_dir)
+        if arguments.command == "analyze":
+            return _analyze(arguments)
         if arguments.command == "diff":
             return _diff(arguments)
         if arguments.command == "patch":
@@ -112,6 +123,23 @@ def _summary(run_dir: Path) -> int:
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
     Console(soft_wrap=True).print(summary)
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from rlpost.analyze import analyze, render, write
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    try:
+        rows = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    Console(soft_wrap=True).print(render(rows))
+    if arguments.output is not None:
+        write(rows, arguments.output)
     return 0
 
 

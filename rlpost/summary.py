@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-KINDS = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-    "gate": "router",
-}
 RARE = {"rollouts_unjudged": "rollouts not judged", "samplers_lost": "samplers lost", "resumes": "resumed"}
 VERDICTS = ("learner waited", "samplers waited", "all waited", "balanced")
 
@@ -197,7 +185,7 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     """
     from safetensors import safe_open
 
-    from rlpost.core.weights import bits
+    from rlpost.core.weights import KINDS, bits, weight_kind
 
     before, after = _tensor_files(before_dir), _tensor_files(after_dir)
     if lonely := sorted(before.keys() ^ after.keys()):
@@ -213,7 +201,7 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
                 f"{name} is {tuple(old_MN.shape)} in {before_dir}, but {tuple(new_MN.shape)} in {after_dir}: compare two"
                 " versions of one model"
             )
-        counts[_kind(name)].update(
+        counts[weight_kind(name)].update(
             tensors=1, entries=old_MN.numel(), unchanged=int((bits(old_MN.bfloat16()) == bits(new_MN.bfloat16())).sum())
         )
     order = [*KINDS.values(), "norm", "bias"]
@@ -253,13 +241,6 @@ def _tensor_files(model_dir: Path) -> dict[str, Path]:
     if not files:
         raise ValueError(f"{model_dir} has no *.safetensors: give the directory that a stage was exported to")
     return files
-
-
-def _kind(name: str) -> str:
-    *_, module, parameter = ["", *name.split(".")]
-    if parameter == "bias":
-        return "bias"
-    return KINDS.get(module, "norm" if module.endswith("norm") else module)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

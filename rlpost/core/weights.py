@@ -1,13 +1,26 @@
-"""Weight images: the bytes a version is made of, their checksums, and how many of them changed."""
+"""Weight images: the bytes a version is made of, their checksums, how many of them changed, and what their names say."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 import xxhash
 from torch import Tensor
 
+KINDS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "gate": "router",
+}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,3 +42,17 @@ def unchanged_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     assert before.keys() == after.keys()
     unchanged = sum(int((bits(before[name]) == bits(after[name])).sum()) for name in after)
     return unchanged / sum(tensor.numel() for tensor in after.values())
+
+
+def weight_kind(name: str) -> str:
+    """q, k, v, o, gate, up, down, embedding, head, norm, bias, or the name of the module, of a checkpoint tensor."""
+    *_, module, parameter = ["", *name.split(".")]
+    if parameter == "bias":
+        return "bias"
+    return KINDS.get(module, "norm" if module.endswith("norm") else module)
+
+
+def weight_layer(name: str) -> int | None:
+    """Number of the layer a checkpoint tensor belongs to; None for those of no layer."""
+    found = re.search(r"\.(\d+)\.", name)
+    return None if found is None else int(found[1])

@@ -124,7 +124,7 @@ class _Placement:
     stride: tuple[int, ...]
     offset: int
     in_order: bool
-    """Whether they are consecutive entries of the tensor, from its first on."""
+    """Whether they are consecutive entries of the tensor."""
     target: Tensor
     """Contiguous, of `size`."""
 
@@ -194,10 +194,8 @@ class _Recorder(TorchDispatchMode):
                 "the model's loader computes new values from published tensors, and only their own can be followed into"
                 " the model"
             )
-        offset = int(source.storage_offset())
-        in_order = source.is_contiguous() and offset == 0
-        placement = _Placement(tuple(source.shape), source.stride(), offset, in_order, target)
-        self.placements[name].append(placement)
+        offset, in_order = int(source.storage_offset()), source.is_contiguous()
+        self.placements[name].append(_Placement(tuple(source.shape), source.stride(), offset, in_order, target))
 
 
 def _feed(model: nn.Module, recorder: _Recorder, stand_ins: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,205 @@
+"""Which weights an update moved, and what shape it has: two model directories, compared one weight at a time.
+
+`core.sparsity` and `core.spectrum` have the measures; here they are streamed over files, pooled by kind of weight, and shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlpost.core.sparsity import RELATIVE, TOLERANCES, Sparsity, changed_rows_and_columns, pooled, sparsity
+from rlpost.core.spectrum import (
+    Ranks,
+    intruder_dimensions,
+    principal_cosines,
+    ranks,
+    singular_values,
+    spectral_shift,
+)
+from rlpost.core.weights import KINDS, weight_kind, weight_layer
+from rlpost.engines.pretrained import StoredTensors, check_weights
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+TOP = 10
+"""Leading directions that are compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """Of the update to one matrix, and of what it did to the matrix."""
+
+    ranks: Ranks
+    singular_values: tuple[float, ...]
+    """Of the float32 difference, descending."""
+    shift: float
+    """`core.spectrum.spectral_shift`."""
+    smallest_cosine: float
+    """Of the angles between the top directions before and after."""
+    intruders: int
+    """Intruder dimensions among the top directions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRow:
+    """One weight of the model.
+
+    Example:
+        WeightRow(name="model.layers.0.mlp.up_proj.weight", kind="up", layer=0, shape=(344, 128), dtype="bfloat16", ...)
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: Sparsity
+    untouched_rows: int | None
+    """Rows without a changed entry; None of anything but a matrix."""
+    untouched_columns: int | None
+    spectrum: Spectrum | None
+
+
+def analyze(before: Path, after: Path, *, dtype: torch.dtype | None = None, spectra: bool = False) -> list[WeightRow]:
+    """Every weight of two model directories; one of each is in memory at a time.
+
+    Args:
+        dtype: what both are rounded to first, such as the one that samplers serve; None: as they are stored.
+
+    Raises:
+        ValueError: when a directory has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
+            it is not finite.
+    """
+    check_weights(before)
+    check_weights(after)
+    old, new = StoredTensors(before), StoredTensors(after)
+    if lonely := sorted(set(old.names) ^ set(new.names)):
+        where = before if lonely[0] in old.names else after
+        raise ValueError(
+            f"{lonely[0]} is only in {where} ({len(lonely)} such weights): compare two versions of one model"
+        )
+
+    def read(stored: StoredTensors, name: str) -> Tensor:
+        tensor = stored.tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    return [_row(name, read(old, name), read(new, name), spectra=spectra) for name in old.names]
+
+
+def _row(name: str, before: Tensor, after: Tensor, *, spectra: bool) -> WeightRow:
+    try:
+        counts = sparsity(before, after)
+    except ValueError as error:
+        remedy = ". Give the dtype to compare them in (--dtype)" if before.dtype != after.dtype else ""
+        raise ValueError(f"{name}: {error}{remedy}") from error
+    is_matrix = before.ndim == 2 and before.numel() > 0
+    untouched = (
+        [int((share == 0).sum()) for share in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
+    )
+    return WeightRow(
+        name=name,
+        kind=weight_kind(name),
+        layer=weight_layer(name),
+        shape=tuple(before.shape),
+        dtype=str(before.dtype).removeprefix("torch."),
+        sparsity=counts,
+        untouched_rows=untouched[0],
+        untouched_columns=untouched[1],
+        spectrum=_spectrum(before, after) if spectra and is_matrix else None,
+    )
+
+
+def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
+    sigma_R = singular_values(before_MK, after_MK)
+    return Spectrum(
+        ranks=ranks(sigma_R, (before_MK.shape[0], before_MK.shape[1])),
+        singular_values=tuple(sigma_R.tolist()),
+        shift=spectral_shift(before_MK, after_MK),
+        smallest_cosine=float(principal_cosines(before_MK, after_MK, TOP)[-1]),
+        intruders=intruder_dimensions(before_MK, after_MK, k=TOP),
+    )
+
+
+def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
+    """The rows of each kind of weight, in the order of a model; then all of them under "all"."""
+    order = [*KINDS.values(), "norm", "bias"]
+    kinds = sorted(
+        {row.kind for row in rows}, key=lambda kind: (order.index(kind) if kind in order else len(order), kind)
+    )
+    return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
+
+
+def render(rows: Sequence[WeightRow]) -> Group:
+    """For a terminal of 80 columns: a line per kind of weight, entries pooled, ranks as the mean of its matrices'."""
+    from rich.console import Group
+
+    entries = _table("update, by entry", ["weights", "entries", "unchanged", "predicted", "<= 1e-5", "rms update"])
+    spectra = _table("update, by direction", ["rank", "entropy rank", "energy-90 rank", "spectral shift", "intruders"])
+    for kind, of_kind in by_kind(rows).items():
+        if kind == "all":
+            entries.add_section()
+            spectra.add_section()
+        entries.add_row(kind, *_entry_cells(of_kind))
+        if found := [row.spectrum for row in of_kind if row.spectrum is not None and row.spectrum.ranks.full]:
+            spectra.add_row(kind, *_spectrum_cells(found))
+    return Group(*(table for table in (entries, spectra) if table.row_count))
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def _entry_cells(rows: Sequence[WeightRow]) -> list[str]:
+    total = pooled(row.sparsity for row in rows)
+    shares = (total.bit_equal, total.predicted, total.within[1e-5])
+    return [
+        str(len(rows)),
+        f"{total.numel:,}",
+        *(f"{100 * total.share(count):.2f} %" for count in shares),
+        f"{total.rms_update:.2e}",
+    ]
+
+
+def _spectrum_cells(spectra: Sequence[Spectrum]) -> list[str]:
+    shares = (
+        fmean(getattr(s.ranks, key) / s.ranks.full for s in spectra) for key in ("numerical", "entropy", "energy_90")
+    )
+    return [
+        *(f"{100 * share:.1f} %" for share in shares),
+        f"{fmean(s.shift for s in spectra):.1e}",
+        str(sum(s.intruders for s in spectra)),
+    ]
+
+
+def write(rows: Sequence[WeightRow], file: Path) -> None:
+    """Every figure as JSON: pooled by kind, and of each weight."""
+    content = {
+        "tolerances": TOLERANCES,
+        "relative": RELATIVE,
+        "kinds": {kind: _plain(pooled(r.sparsity for r in of_kind)) for kind, of_kind in by_kind(rows).items()},
+        "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in rows],
+    }
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _plain(counts: Sparsity) -> dict[str, Any]:
+    return asdict(counts) | {
+        "within": {f"{tolerance:g}": count for tolerance, count in counts.within.items()},
+        "unchanged": counts.unchanged,
+        "rms_update": counts.rms_update,
+    }

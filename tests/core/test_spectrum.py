@@ -1,0 +1,70 @@
+"""Planted ranks and directions are found."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlpost.core.spectrum import (
+    intruder_dimensions,
+    principal_cosines,
+    ranks,
+    singular_values,
+    spectral_shift,
+)
+
+
+def matrix(sigma: list[float], shape: tuple[int, int] = (40, 30), seed: int = 0) -> Tensor:
+    """With these singular values and random directions."""
+    torch.manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], len(sigma), dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], len(sigma), dtype=torch.float64))
+    return (left * torch.tensor(sigma, dtype=torch.float64)) @ right.T
+
+
+@pytest.mark.parametrize("rank", [1, 5, 30])
+def test_the_rank_of_a_planted_update_is_found_and_is_matrix_ranks(rank: int) -> None:
+    before, update = torch.zeros(40, 30), matrix([1.0] * rank).float()
+    found = ranks(singular_values(before, before + update), (40, 30))
+    assert found.numerical == rank == int(torch.linalg.matrix_rank(update))
+    assert (found.full, found.energy_99) == (30, math.ceil(0.99 * rank))
+    assert found.stable == pytest.approx(rank, rel=1e-4) and found.entropy == pytest.approx(rank, rel=1e-3)
+
+
+def test_the_rank_rule_is_matrix_ranks_on_spectra_that_fall_through_its_threshold() -> None:
+    for seed in range(5):
+        update = matrix([10.0 ** (-i / 3) for i in range(30)], seed=seed).float()
+        found = ranks(torch.linalg.svdvals(update), (40, 30))
+        assert found.numerical == int(torch.linalg.matrix_rank(update)) and 10 < found.numerical < 30
+
+
+def test_ranks_of_a_spectrum_worked_by_hand() -> None:
+    """Sigma 3, 1: energies 9 and 1; p = 3/4, 1/4."""
+    found = ranks(torch.tensor([3.0, 1.0, 0.0]), (3, 5))
+    assert (found.numerical, found.energy_90, found.energy_99) == (2, 1, 2)
+    assert found.stable == pytest.approx(10 / 9)
+    assert found.entropy == pytest.approx(4 / 3**0.75)
+    assert ranks(torch.zeros(3), (3, 5)).numerical == 0
+
+
+def test_angles_and_shift() -> None:
+    before = matrix([5.0, 4.0, 3.0, 2.0]).float()
+    assert principal_cosines(before, 2 * before, 3).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    assert spectral_shift(before, 2 * before) == pytest.approx(1.0, abs=1e-5)
+    other = torch.zeros(40, 30)
+    left = torch.linalg.svd(before).U
+    other[:, 0], other[:, 1] = 9 * left[:, 0], 8 * left[:, 20]
+    cosines = principal_cosines(before, other, 2)
+    assert cosines.tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+
+
+def test_an_intruder_is_a_top_direction_that_the_base_does_not_have() -> None:
+    base = matrix([5.0, 4.0, 3.0, 2.0, 1.0], shape=(60, 5)).float()
+    direction = torch.linalg.svd(base).U[:, 30]
+    assert intruder_dimensions(base, base, k=5) == 0
+    tuned = base + 20 * torch.outer(direction, torch.linalg.svd(base).Vh[4])
+    assert intruder_dimensions(base, tuned, k=1) == 1
+    assert intruder_dimensions(base, base + 0.1 * torch.outer(direction, torch.ones(5)), k=5) == 0

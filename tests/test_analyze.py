@@ -1,0 +1,91 @@
+"""Two model directories compared: what was planted is found, and what cannot be compared is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlpost import cli, exit_codes
+from rlpost.analyze import analyze, by_kind
+
+Q, NORM, UP = "model.layers.3.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> Path:
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {Q: torch.randn(20, 10).bfloat16(), UP: torch.randn(30, 20).bfloat16(), NORM: torch.ones(20).bfloat16()}
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """Row 4 of q changes, by a multiple of one direction; two entries of up; the norm stays."""
+    before = weights()
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    after[Q][4] = before[Q][4] * 2
+    after[UP][0, :2] += 1
+    return save(tmp_path / "before", before), save(tmp_path / "after", after)
+
+
+def test_a_planted_update_is_found_where_it_is(planted: tuple[Path, Path]) -> None:
+    rows = {row.name: row for row in analyze(*planted, spectra=True)}
+    assert [(rows[n].kind, rows[n].layer) for n in (Q, UP, NORM)] == [("q", 3), ("up", 0), ("norm", None)]
+    assert [rows[n].sparsity.bit_equal for n in (Q, UP, NORM)] == [190, 598, 20]
+    assert (rows[Q].untouched_rows, rows[Q].untouched_columns) == (19, 0)
+    assert (rows[UP].untouched_rows, rows[UP].untouched_columns) == (29, 18)
+    spectra = {name: row.spectrum for name, row in rows.items()}
+    assert spectra[NORM] is None
+    for name in (Q, UP):
+        spectrum = spectra[name]
+        assert spectrum is not None and spectrum.ranks.numerical == spectrum.ranks.energy_99 == 1
+        assert spectrum.intruders == 0 and 0 < spectrum.shift < 1
+    pooled = by_kind(list(rows.values()))
+    assert list(pooled) == ["q", "up", "norm", "all"] and len(pooled["all"]) == 3
+
+
+def test_the_command_prints_a_line_per_kind_and_writes_every_figure(
+    planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = map(str, planted)
+    out = tmp_path / "figures.json"
+    assert cli.main(["analyze", before, after, "--spectra", "-o", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    (all_line, *_) = [line for line in text.splitlines() if line.startswith("all")]
+    assert all_line.split()[:4] == ["all", "3", "820", "98.54"]
+    content = json.loads(out.read_text())
+    assert content["kinds"]["q"]["bit_equal"] == 190 and content["kinds"]["all"]["within"]["1e-05"] == 808
+    assert len(content["weights"]) == 3 and len(content["weights"][0]["spectrum"]["singular_values"]) == 20
+
+
+def test_identical_directories_are_unchanged_everywhere(planted: tuple[Path, Path]) -> None:
+    for row in analyze(planted[0], planted[0], spectra=True):
+        assert row.sparsity.unchanged == row.sparsity.share(row.sparsity.predicted) == 1.0
+        assert row.spectrum is None or (row.spectrum.ranks.numerical, row.spectrum.shift) == (0, 0.0)
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = save(tmp_path / "before", weights())
+    cases = {
+        "dtype": (weights() | {Q: weights()[Q].float()}, rf"{Q}: .*\(--dtype\)"),
+        "shape": (weights() | {UP: torch.zeros(31, 20).bfloat16()}, rf"{UP}: .*\(30, 20\).*\(31, 20\)"),
+        "lonely": (weights() | {"extra": torch.zeros(2)}, r"extra is only in .*lonely \(1 such"),
+        "nan": (weights() | {NORM: torch.full((20,), torch.nan).bfloat16()}, rf"{NORM}: .*not finite"),
+    }
+    for name, (tensors, message) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            analyze(before, save(tmp_path / name, tensors))
+    assert all(row.dtype == "float32" for row in analyze(before, tmp_path / "dtype", dtype=torch.float32))
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["analyze", str(before), str(tmp_path / "empty")]) == exit_codes.USAGE
+    assert "has no *.safetensors" in capsys.readouterr().err
