@@ -1,12 +1,12 @@
 """Which weights an update moved, and what shape it has: two model directories, compared one weight at a time.
 
-`core.sparsity` and `core.spectrum` have the measures; here they are streamed over files, pooled by kind of weight, and shown.
+`core.sparsity`, `core.spectrum` and `core.overlap` have the measures; here they are streamed over files, pooled by kind of
+weight, and shown.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import RELATIVE, TOLERANCES, Sparsity, changed_rows_and_columns, pooled, sparsity
 from rlpost.core.spectrum import (
     Ranks,
@@ -80,20 +81,44 @@ def analyze(before: Path, after: Path, *, dtype: torch.dtype | None = None, spec
         ValueError: when a directory has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
             it is not finite.
     """
-    check_weights(before)
-    check_weights(after)
-    old, new = StoredTensors(before), StoredTensors(after)
-    if lonely := sorted(set(old.names) ^ set(new.names)):
-        where = before if lonely[0] in old.names else after
-        raise ValueError(
-            f"{lonely[0]} is only in {where} ({len(lonely)} such weights): compare two versions of one model"
-        )
+    old, new = _open(before, after)
+    return [_row(name, _read(old, name, dtype), _read(new, name, dtype), spectra=spectra) for name in old.names]
 
-    def read(stored: StoredTensors, name: str) -> Tensor:
-        tensor = stored.tensor(name)
-        return tensor if dtype is None else tensor.to(dtype)
 
-    return [_row(name, read(old, name), read(new, name), spectra=spectra) for name in old.names]
+def compare(before: Path, first: Path, second: Path, *, dtype: torch.dtype | None = None) -> dict[str, Overlap]:
+    """By kind of weight, and of "all", what two updates of one model have in common.
+
+    Raises:
+        ValueError: as `analyze`.
+    """
+    old, one, other = _open(before, first, second)
+    of_kind: dict[str, list[Overlap]] = {}
+    for name in old.names:
+        tensors = [_read(stored, name, dtype) for stored in (old, one, other)]
+        if len({(tensor.shape, tensor.dtype) for tensor in tensors}) != 1:
+            raise ValueError(f"{name} differs in shape or dtype between {before}, {first} and {second}")
+        of_kind.setdefault(weight_kind(name), []).append(overlap(*tensors))
+    every = [part for parts in of_kind.values() for part in parts]
+    return {kind: pooled_overlap(of_kind[kind]) for kind in _in_order(of_kind)} | {"all": pooled_overlap(every)}
+
+
+def _open(*paths: Path) -> list[StoredTensors]:
+    """The directories, which hold weights of the same names."""
+    for path in paths:
+        check_weights(path)
+    opened = [StoredTensors(path) for path in paths]
+    for path, stored in zip(paths[1:], opened[1:], strict=True):
+        if lonely := sorted(set(opened[0].names) ^ set(stored.names)):
+            where = paths[0] if lonely[0] in opened[0].names else path
+            raise ValueError(
+                f"{lonely[0]} is only in {where} ({len(lonely)} such weights): compare two versions of one model"
+            )
+    return opened
+
+
+def _read(stored: StoredTensors, name: str, dtype: torch.dtype | None) -> Tensor:
+    tensor = stored.tensor(name)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _row(name: str, before: Tensor, after: Tensor, *, spectra: bool) -> WeightRow:
@@ -132,11 +157,13 @@ def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
 
 def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
     """The rows of each kind of weight, in the order of a model; then all of them under "all"."""
-    order = [*KINDS.values(), "norm", "bias"]
-    kinds = sorted(
-        {row.kind for row in rows}, key=lambda kind: (order.index(kind) if kind in order else len(order), kind)
-    )
+    kinds = _in_order({row.kind for row in rows})
     return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
+
+
+def _in_order(kinds: Iterable[str]) -> list[str]:
+    order = [*KINDS.values(), "norm", "bias"]
+    return sorted(kinds, key=lambda kind: (order.index(kind) if kind in order else len(order), kind))
 
 
 def render(rows: Sequence[WeightRow]) -> Group:
@@ -153,6 +180,19 @@ def render(rows: Sequence[WeightRow]) -> Group:
         if found := [row.spectrum for row in of_kind if row.spectrum is not None and row.spectrum.ranks.full]:
             spectra.add_row(kind, *_spectrum_cells(found))
     return Group(*(table for table in (entries, spectra) if table.row_count))
+
+
+def render_overlaps(overlaps: Mapping[str, Overlap], title: str) -> Table:
+    """A line per kind of weight: what two updates share, then what chance and chance among like magnitudes would give."""
+    table = _table(title, ["changed", "and", "shared", "chance", "matched", "Jaccard", "matched"])
+    for kind, found in overlaps.items():
+        if kind == "all":
+            table.add_section()
+        shares = (found.first / found.numel, found.second / found.numel) if found.numel else (0.0, 0.0)
+        shares += tuple(found.of_first(count) for count in (found.both, found.uniform, found.matched))
+        shares += tuple(found.jaccard(count) for count in (found.both, found.matched))
+        table.add_row(kind, *(f"{100 * share:.1f} %" for share in shares))
+    return table
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -186,15 +226,14 @@ def _spectrum_cells(spectra: Sequence[Spectrum]) -> list[str]:
     ]
 
 
-def write(rows: Sequence[WeightRow], file: Path) -> None:
-    """Every figure as JSON: pooled by kind, and of each weight."""
-    content = {
+def figures(rows: Sequence[WeightRow]) -> dict[str, Any]:
+    """Every figure as plain data: pooled by kind, and of each weight."""
+    return {
         "tolerances": TOLERANCES,
         "relative": RELATIVE,
         "kinds": {kind: _plain(pooled(r.sparsity for r in of_kind)) for kind, of_kind in by_kind(rows).items()},
         "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in rows],
     }
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _plain(counts: Sparsity) -> dict[str, Any]:

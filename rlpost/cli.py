@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rlpost import __version__, exit_codes
 
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "analyze", help="measure how sparse and of what rank the update between two models is"
     )
     analyze.add_argument("before", type=Path)
-    analyze.add_argument("after", type=Path)
+    analyze.add_argument("after", type=Path, nargs="+", help="several are also compared with each other")
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
     analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")
@@ -130,16 +133,29 @@ def _analyze(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from rlpost.analyze import analyze, render, write
+    from rlpost.analyze import analyze, compare, figures, render, render_overlaps
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    console = Console(soft_wrap=True)
+    before, tuned = arguments.before, arguments.after
+    content: dict[str, Any] = {"before": str(before), "updates": {}, "overlaps": []}
     try:
-        rows = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
+        for after in tuned:
+            rows = analyze(before, after, dtype=dtype, spectra=arguments.spectra)
+            content["updates"][str(after)] = figures(rows)
+            console.print(f"{before} -> {after}", markup=False)
+            console.print(render(rows))
+        for first, second in itertools.combinations(tuned, 2):
+            overlaps = compare(before, first, second, dtype=dtype)
+            kinds = {kind: asdict(found) for kind, found in overlaps.items()}
+            content["overlaps"].append({"first": str(first), "second": str(second), "kinds": kinds})
+            console.print(
+                render_overlaps(overlaps, f"entries that {first} and {second} changed, of those of the first")
+            )
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
-    Console(soft_wrap=True).print(render(rows))
     if arguments.output is not None:
-        write(rows, arguments.output)
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analyze import analyze, by_kind
+from rlpost.analyze import analyze, by_kind, compare
 
 Q, NORM, UP = "model.layers.3.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -60,10 +60,10 @@ def test_the_command_prints_a_line_per_kind_and_writes_every_figure(
     out = tmp_path / "figures.json"
     assert cli.main(["analyze", before, after, "--spectra", "-o", str(out)]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(len(line) for line in text.splitlines() if " -> " not in line) <= 80
     (all_line, *_) = [line for line in text.splitlines() if line.startswith("all")]
     assert all_line.split()[:4] == ["all", "3", "820", "98.54"]
-    content = json.loads(out.read_text())
+    content = json.loads(out.read_text())["updates"][after]
     assert content["kinds"]["q"]["bit_equal"] == 190 and content["kinds"]["all"]["within"]["1e-05"] == 808
     assert len(content["weights"]) == 3 and len(content["weights"][0]["spectrum"]["singular_values"]) == 20
 
@@ -89,3 +89,27 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "empty").mkdir()
     assert cli.main(["analyze", str(before), str(tmp_path / "empty")]) == exit_codes.USAGE
     assert "has no *.safetensors" in capsys.readouterr().err
+
+
+def test_several_updates_are_compared_with_each_other(
+    planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second changes half of what the first does of q, and nothing of up."""
+    before, first = planted
+    tensors = weights()
+    tensors[Q][4, :5] += 1
+    second = save(tmp_path / "second", tensors)
+    found = compare(before, first, second)
+    assert list(found) == ["q", "up", "norm", "all"]
+    assert (found["q"].first, found["q"].second, found["q"].both, found["q"].uniform) == (10, 5, 5, 10 * 5 / 200)
+    assert (found["all"].first, found["all"].both) == (12, 5)
+    out = tmp_path / "figures.json"
+    assert cli.main(["analyze", *map(str, (before, first, second)), "-o", str(out)]) == 0
+    assert "50.0 %" in next(
+        line for line in capsys.readouterr().out.split("changed, of")[1].splitlines() if line[:1] == "q"
+    )
+    content = json.loads(out.read_text())
+    assert list(content["updates"]) == [str(first), str(second)]
+    assert content["overlaps"][0]["kinds"]["q"]["both"] == 5
+    with pytest.raises(ValueError, match=rf"{Q} differs in shape or dtype"):
+        compare(before, first, save(tmp_path / "other", weights() | {Q: weights()[Q].float()}))
