@@ -1,4 +1,6 @@
-"""Which weights an update moved, and what shape it has: two model directories, compared one weight at a time.
+"""Which weights an update moved, and what shape it has: two versions of a model, compared one weight at a time.
+
+A version is a model directory, or RUN@N: version N of the archive in a run's directory.
 
 `core.sparsity`, `core.spectrum` and `core.overlap` have the measures; here they are streamed over files, pooled by kind of
 weight, and shown.
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import RELATIVE, TOLERANCES, Sparsity, changed_rows_and_columns, pooled, sparsity
 from rlpost.core.spectrum import (
@@ -72,13 +75,13 @@ class WeightRow:
 
 
 def analyze(before: Path, after: Path, *, dtype: torch.dtype | None = None, spectra: bool = False) -> list[WeightRow]:
-    """Every weight of two model directories; one of each is in memory at a time.
+    """Every weight of two versions of a model; of directories, one weight of each is in memory at a time.
 
     Args:
         dtype: what both are rounded to first, such as the one that samplers serve; None: as they are stored.
 
     Raises:
-        ValueError: when a directory has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
+        ValueError: when a version has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
             it is not finite.
     """
     old, new = _open(before, after)
@@ -102,11 +105,23 @@ def compare(before: Path, first: Path, second: Path, *, dtype: torch.dtype | Non
     return {kind: pooled_overlap(of_kind[kind]) for kind in _in_order(of_kind)} | {"all": pooled_overlap(every)}
 
 
-def _open(*paths: Path) -> list[StoredTensors]:
-    """The directories, which hold weights of the same names."""
-    for path in paths:
-        check_weights(path)
-    opened = [StoredTensors(path) for path in paths]
+class _Archived:
+    """A version of a run's archive, whole in memory, with the face of `StoredTensors`."""
+
+    def __init__(self, run_dir: Path, version: int) -> None:
+        self._tensors = VersionArchive(run_dir / VERSIONS).rebuild(version).tensors
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _open(*paths: Path) -> list[StoredTensors | _Archived]:
+    """The versions, which hold weights of the same names."""
+    opened = [_open_one(path) for path in paths]
     for path, stored in zip(paths[1:], opened[1:], strict=True):
         if lonely := sorted(set(opened[0].names) ^ set(stored.names)):
             where = paths[0] if lonely[0] in opened[0].names else path
@@ -116,7 +131,15 @@ def _open(*paths: Path) -> list[StoredTensors]:
     return opened
 
 
-def _read(stored: StoredTensors, name: str, dtype: torch.dtype | None) -> Tensor:
+def _open_one(path: Path) -> StoredTensors | _Archived:
+    run, at, version = str(path).rpartition("@")
+    if at and version.isdecimal() and not path.exists():
+        return _Archived(Path(run), int(version))
+    check_weights(path)
+    return StoredTensors(path)
+
+
+def _read(stored: StoredTensors | _Archived, name: str, dtype: torch.dtype | None) -> Tensor:
     tensor = stored.tensor(name)
     return tensor if dtype is None else tensor.to(dtype)
 

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     analyze = commands.add_parser(
         "analyze", help="measure how sparse and of what rank the update between two models is"
     )
-    analyze.add_argument("before", type=Path)
-    analyze.add_argument("after", type=Path, nargs="+", help="several are also compared with each other")
+    analyze.add_argument("before", type=Path, help="a model directory, or RUN@N: version N of a run's archive")
+    analyze.add_argument("after", type=Path, nargs="+", help="the same; several are also compared with each other")
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
     analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
 from rlpost.analyze import analyze, by_kind, compare
+from rlpost.archive import VERSIONS, VersionArchive
+from rlpost.core.patch import diff
+from rlpost.types import WeightImage
 
 Q, NORM, UP = "model.layers.3.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -113,3 +116,15 @@ def test_several_updates_are_compared_with_each_other(
     assert content["overlaps"][0]["kinds"]["q"]["both"] == 5
     with pytest.raises(ValueError, match=rf"{Q} differs in shape or dtype"):
         compare(before, first, save(tmp_path / "other", weights() | {Q: weights()[Q].float()}))
+
+
+def test_a_version_of_a_runs_archive_stands_for_a_directory(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    archive = VersionArchive(run / VERSIONS)
+    images = [WeightImage(version=n, tensors=load_file(p / "model.safetensors")) for n, p in enumerate(planted)]
+    archive.append(diff(None, images[0]))
+    archive.append(diff(images[0], images[1]))
+    expected = analyze(*planted)
+    assert analyze(Path(f"{run}@0"), Path(f"{run}@1")) == analyze(planted[0], Path(f"{run}@1")) == expected
+    assert cli.main(["analyze", f"{run}@0", f"{run}@2"]) == exit_codes.USAGE
+    assert cli.main(["analyze", f"{run}@0", f"{tmp_path}/nowhere@1"]) == exit_codes.USAGE

@@ -21,7 +21,7 @@ ALLOWED = {
     "progress": set(),
     "checkpoint": {"pipeline"},
     "archive": {"types", "core", "engines", "checkpoint"},
-    "analyze": {"core", "engines"},
+    "analyze": {"archive", "core", "engines"},
     "memory": set(),
     "plan": {"config", "engines", "memory"},
     "recipe": {"config"},
