@@ -46,7 +46,7 @@ class Spectrum:
     ranks: Ranks
     singular_values: tuple[float, ...]
     """Of the float32 difference, descending."""
-    shift: float
+    shift: float | None
     """`core.spectrum.spectral_shift`."""
     smallest_cosine: float
     """Of the angles between the top directions before and after."""
@@ -220,8 +220,9 @@ def render_overlaps(overlaps: Mapping[str, Overlap], title: str) -> Table:
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     return table
@@ -239,12 +240,13 @@ def _entry_cells(rows: Sequence[WeightRow]) -> list[str]:
 
 
 def _spectrum_cells(spectra: Sequence[Spectrum]) -> list[str]:
+    shifts = [s.shift for s in spectra if s.shift is not None]
     shares = (
         fmean(getattr(s.ranks, key) / s.ranks.full for s in spectra) for key in ("numerical", "entropy", "energy_90")
     )
     return [
         *(f"{100 * share:.1f} %" for share in shares),
-        f"{fmean(s.shift for s in spectra):.1e}",
+        f"{fmean(shifts):.1e}" if shifts else "",
         str(sum(s.intruders for s in spectra)),
     ]
 

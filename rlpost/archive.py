@@ -22,6 +22,7 @@ from rlpost.engines.pretrained import (
     save_pretrained,
     stream_tensors,
 )
+from rlpost.tracking import FILES, read_rows
 from rlpost.types import WeightImage
 
 
@@ -143,11 +144,20 @@ class VersionArchive:
                 f"version {patch.version} applies to version {patch.base}, which {self._path} does not hold: append it complete"
             )
         self._path.mkdir(parents=True, exist_ok=True)
-        with _beside(self._file(patch.version, patch.base)) as partial, partial.open("wb") as stream:
-            write_patch(patch, stream)
+        file = self._file(patch.version, patch.base)
+        try:
+            with _beside(file) as partial, partial.open("wb") as stream:
+                write_patch(patch, stream)
+        except OSError as error:
+            raise OSError(f"{file} could not be written: {error.strerror or error}") from error
 
     def forget_after(self, version: int) -> None:
-        """Drop newer versions: a run that resumes makes them again, and not with the same bits."""
+        """Drop newer versions: a run that resumes makes them again, and not with the same bits.
+
+        And what a write that was killed has left.
+        """
+        for partial in self._path.glob("*.partial"):
+            partial.unlink()
         for newer, base in sorted(self._bases().items(), reverse=True):
             if newer > version:
                 self._file(newer, base).unlink()
@@ -195,10 +205,12 @@ def checkout(run_dir: Path, version: int, output: Path) -> None:
     archive = VersionArchive(run_dir / VERSIONS)
     if not archive.versions:
         raise ValueError(f"{run_dir} has no archive: a run keeps its versions with publish.archive={{}}")
-    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    model_path = Path(next(row["model"] for row in reversed(rows) if row["event"] == "ready"))
-    if not model_path.is_dir():
-        raise ValueError(f"{model_path}, whose config and tokenizer the run in {run_dir} uses, is gone: bring it back")
+    models = [Path(row["model"]) for row in read_rows(run_dir / FILES["event"]) if row["event"] == "ready"]
+    # A model that the run has built moves with its directory.
+    model_path = next((path for path in (*models[-1:], run_dir / "model") if path.is_dir()), None)
+    if model_path is None:
+        where = models[-1] if models else run_dir / "model"
+        raise ValueError(f"{where}, whose config and tokenizer the run in {run_dir} uses, is gone: bring it back")
     save_pretrained(archive.rebuild(version).tensors, model_path, output)
 
 
@@ -214,8 +226,13 @@ def _ranges(versions: list[int]) -> str:
     """For an error: which versions there are."""
     if not versions:
         return "it is empty"
-    missing = sorted(set(range(versions[0], versions[-1])) - set(versions))
-    return f"it holds {versions[0]} to {versions[-1]}" + (f" without {', '.join(map(str, missing))}" if missing else "")
+    runs: list[list[int]] = []
+    for version in versions:
+        if runs and runs[-1][-1] == version - 1:
+            runs[-1].append(version)
+        else:
+            runs.append([version])
+    return "it holds " + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 @contextmanager

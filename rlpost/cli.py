@@ -138,6 +138,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     console = Console(soft_wrap=True)
     before, tuned = arguments.before, arguments.after
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        return _stopped(f"{arguments.output.parent} is no directory to write to", exit_codes.USAGE)
     content: dict[str, Any] = {"before": str(before), "updates": {}, "overlaps": []}
     try:
         for after in tuned:

@@ -130,11 +130,10 @@ def _supervise(
         fingerprints=[stage.prompts.fingerprint for stage in plan.stages],
         on_event=lambda name, **details: tracker.log("event", {"event": name, **details}),
     )
-    archive = None
-    if recipe.publish.archive is not None:
-        archive = VersionArchive(run_dir / VERSIONS, anchor_every=recipe.publish.archive.anchor_every)
-        # The version a run continues from is published anew, whole.
-        archive.forget_after((plan.start.position.step if plan.start else 0) - 1)
+    keeps = recipe.publish.archive
+    archive = VersionArchive(run_dir / VERSIONS, anchor_every=keeps.anchor_every if keeps else 1)
+    # The version a run continues from is published anew, whole; later ones will not be those that were.
+    archive.forget_after((plan.start.position.step if plan.start else 0) - 1)
     controller = Controller(
         plan.stages,
         workers,
@@ -142,7 +141,7 @@ def _supervise(
         checkpoints,
         _settings(recipe),
         eval_sets=plan.eval_sets,
-        archive=archive,
+        archive=archive if keeps else None,
         start=plan.start.position if plan.start else None,
         load_from=plan.start.learner_path if plan.start else None,
     )

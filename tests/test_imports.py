@@ -20,7 +20,7 @@ ALLOWED = {
     "tracking": {"progress"},
     "progress": set(),
     "checkpoint": {"pipeline"},
-    "archive": {"types", "core", "engines", "checkpoint"},
+    "archive": {"types", "core", "engines", "checkpoint", "tracking"},
     "analyze": {"archive", "core", "engines"},
     "memory": set(),
     "plan": {"config", "engines", "memory"},

@@ -60,8 +60,10 @@ def sparsity(before: Tensor, after: Tensor) -> Sparsity:
     """Of one weight; a chunk at a time, and only changed entries are subtracted.
 
     Raises:
-        ValueError: when shapes or dtypes differ, or an entry is not finite.
+        ValueError: when shapes or dtypes differ, they are no floating-point numbers, or a changed entry is not finite.
     """
+    if not before.is_floating_point():
+        raise ValueError(f"{before.dtype} is no dtype of weights")
     if (before.shape, before.dtype) != (after.shape, after.dtype):
         raise ValueError(
             f"{before.dtype} {tuple(before.shape)} and {after.dtype} {tuple(after.shape)} cannot be compared entry by entry"

@@ -67,10 +67,10 @@ def principal_cosines(before_MK: Tensor, after_MK: Tensor, k: int) -> Tensor:
     return torch.linalg.svdvals(left[0].T @ left[1]).clamp(max=1.0)
 
 
-def spectral_shift(before_MK: Tensor, after_MK: Tensor) -> float:
-    """|sigma(after) - sigma(before)|_2 / |sigma(before)|_2: 0 where the spectrum was kept."""
+def spectral_shift(before_MK: Tensor, after_MK: Tensor) -> float | None:
+    """|sigma(after) - sigma(before)|_2 / |sigma(before)|_2: 0 where the spectrum was kept; None where there was none."""
     before_R, after_R = (torch.linalg.svdvals(w.detach().float()) for w in (before_MK, after_MK))
-    return float((after_R - before_R).norm() / before_R.norm())
+    return float((after_R - before_R).norm() / before_R.norm()) if before_R.any() else None
 
 
 def intruder_dimensions(before_MK: Tensor, after_MK: Tensor, *, k: int = 10, epsilon: float = 0.5) -> int:

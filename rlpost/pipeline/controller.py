@@ -150,7 +150,7 @@ class Controller:
         self._archive, self._load_from = archive, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
         self._bell = Bell()
-        self._exporting: asyncio.Task[Export] | None = None
+        self._read: asyncio.Event | None = None  # set once the latest version's weights are read
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._evals: list[asyncio.Task[None]] = []
@@ -296,14 +296,14 @@ class Controller:
                 continue
             if not resumed:
                 await self._begin(index)
-            if self._exporting is None:
+            if self._read is None:
                 await self._publish()
                 if start < end:
                     self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
             while self.buffer.step < end:
                 await self._train_step(stage, self.buffer.step - first_step)
-            if not stage.sampled:
+            if not stage.sampled and start < end:
                 await self._publish()
             # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
             if start < end:
@@ -319,6 +319,7 @@ class Controller:
     async def _checkpoint(self) -> None:
         """Write one; it vouches for everything before it, so evaluations of earlier versions end first."""
         await asyncio.gather(*self._evals)
+        await self._weights_are_read()  # and so finite
         await self.checkpoints.write(self.buffer.position(), self.workers.learner)
 
     async def _begin(self, stage_index: int) -> None:
@@ -416,37 +417,43 @@ class Controller:
         """Start bringing the present version to the samplers, once the previous one has arrived."""
         if self._publishing is not None:
             await self._publishing
-        self._exporting = self._tasks.create_task(self._export(self.buffer.step))
-        self._publishing = self._tasks.create_task(self._bring(self._exporting))
+        self._read = asyncio.Event()
+        self._publishing = self._tasks.create_task(self._bring(self.buffer.step, self._read))
         if not self.workers.learner.exports_beside:
-            await self._exporting
-
-    async def _export(self, version: int) -> Export:
-        return await self._learn("export", self.workers.learner.export(version))
+            await self._read.wait()
 
     async def _weights_are_read(self) -> None:
         """The export that reads them beside the learner's work has ended: they may change."""
-        if self._exporting is not None:
-            await self._exporting
+        if self._read is not None:
+            await self._read.wait()
 
-    async def _bring(self, exporting: asyncio.Task[Export]) -> None:
-        before = self._clock()
-        export = await exporting
-        exported = self._clock()
+    async def _bring(self, version: int, read: asyncio.Event) -> None:
+        # Exported under the lock too: a sampler that is lost during an evaluation gets the version that is evaluated.
         async with self._holding:
-            updating = self._clock()
+            before = self._clock()
+            export: Export = await self._learn("export", self.workers.learner.export(version))
+            read.set()
+            exported = self._clock()
             await self.fleet.publish(export)
-            self._published = Published(export=export, export_s=exported - before, update_s=self._clock() - updating)
+            self._published = Published(export=export, export_s=exported - before, update_s=self._clock() - exported)
             self.buffer.publish(export.version)
             self._bell.ring()
         if self._archive is not None:
             await self._keep(self._archive, export)
 
     async def _keep(self, archive: Archive, export: Export) -> None:
-        """Beside learning; the next version is published when this one is on the disk, so that none waits in memory."""
+        """Beside learning; the next version is published when this one is on the disk, so that none waits in memory.
+
+        Raises:
+            RuntimeError: when the archive does not take it.
+        """
         if archive.needs_complete and export.base is not None:
             export = await self._learn("complete export", self.workers.learner.complete())
-        await asyncio.to_thread(archive.append, await self.workers.fetch_version(export))
+        patch = await self.workers.fetch_version(export)
+        try:
+            await asyncio.to_thread(archive.append, patch)
+        except ValueError as error:
+            raise RuntimeError(f"version {export.version} could not be archived: {error}") from error
 
     def _evaluate(self, when: str) -> None:
         """Judge the version just published on every eval set, beside whatever else goes on."""

@@ -46,7 +46,7 @@ class Fleet:
         self._members = [_Member(sampler) for sampler in workers.samplers]
         self._latest: Export | None = None
         self._complete: Export | None = None
-        """The latest version whole, once a sampler needed it so."""
+        """The latest version whole, if a sampler needed it so."""
         self._completing = asyncio.Lock()
         self._joined, self._moved_on = Bell(), Bell()
 
@@ -79,7 +79,7 @@ class Fleet:
 
     async def publish(self, export: Export) -> None:
         """Bring every sampler to `export`; returns once all that live have proved it, and at least one does."""
-        self._latest = export
+        self._latest, self._complete = export, None
         self._moved_on.ring()
         await asyncio.gather(*(self._publish_to(m, m.sampler) for m in self._members if not m.replacing))
         while not self.samplers:
@@ -89,6 +89,8 @@ class Fleet:
         try:
             await self._bring_up(member)
         except WorkerLost as error:
+            if error.worker != sampler.name:  # the learner, which was asked for a complete version
+                raise
             self._lose(member, sampler, error)
 
     async def _bring_up(self, member: _Member) -> None:
@@ -118,7 +120,9 @@ class Fleet:
                 continue
             if proved != export.version:
                 raise RuntimeError(f"{sampler.name} proved version {proved} after an update to {export.version}")
-            member.version, refused = proved, False
+            refused = False
+            if proved == self._latest.version:  # else nothing is sampled with it: it counts as published no more
+                member.version = proved
         self._joined.ring()
 
     async def _export_for(self, held: int | None) -> Export:
@@ -133,9 +137,10 @@ class Fleet:
                 phase = f"complete export of version {latest.version}"
                 call = learner.complete()
                 self._complete = await within(self._limits.learn_s, call, worker=learner.name, phase=phase)
-        while self._latest is not None and self._latest.version < self._complete.version:
+            export = self._complete
+        while self._latest is not None and self._latest.version < export.version:
             await self._moved_on.wait()  # the learner has exported the next one already, which is yet to be published
-        return self._complete
+        return export
 
     def _lose(self, member: _Member, sampler: Sampler, error: WorkerLost) -> None:
         if member.sampler is not sampler or member.replacing:
@@ -157,6 +162,8 @@ class Fleet:
                 await self._bring_up(member)
                 member.replacing = False
             except WorkerLost as again:
+                if again.worker != name:
+                    raise
                 member.version, error = None, again
         self._on_event("sampler_restarted", worker=member.sampler.name, version=member.version)
 

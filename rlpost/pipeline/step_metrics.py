@@ -37,7 +37,7 @@ class Published:
     export_s: float
     """Reading, comparing and encoding the weights."""
     update_s: float
-    """From the first sampler that was sent it to the last that proved it."""
+    """From then on until the last sampler has proved it; the first time that includes their start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -211,15 +211,19 @@ class RaySampler:
         phase = f"update to version {export.version}"
         try:
             return await answer(call, worker=self.name, phase=phase, log_path=self.log_path)
-        except OwnerDiedError as error:  # the weights are the learner's until they are loaded
-            log_path = self.log_path.with_name("learner-0.log")
-            raise RuntimeError(
-                f"learner-0 was lost during the {phase} of {self.name}: the process died. Its log, {log_path}, ends"
-                f" with:\n{log_tail(log_path)}"
-            ) from error
+        except OwnerDiedError as error:
+            raise _learner_lost(f"{phase} of {self.name}", self.log_path.parent) from error
 
     async def seconds(self) -> Seconds:
         return await answer(self.actor.seconds.remote(), worker=self.name, phase="seconds", log_path=self.log_path)
+
+
+def _learner_lost(phase: str, log_dir: Path) -> RuntimeError:
+    """What it has exported is gone with the learner, until somebody has loaded it."""
+    log_path = log_dir / "learner-0.log"
+    return RuntimeError(
+        f"learner-0 was lost during the {phase}: the process died. Its log, {log_path}, ends with:\n{log_tail(log_path)}"
+    )
 
 
 class RayVerifier:
@@ -336,7 +340,10 @@ class RayWorkers:
         return unpack_group(await handle) if isinstance(handle, ray.ObjectRef) else handle
 
     async def fetch_version(self, export: Export) -> WeightPatch:
-        return joined_patch([unpack_patch(part) for part in await asyncio.gather(*export.handles)])
+        try:
+            return joined_patch([unpack_patch(part) for part in await asyncio.gather(*export.handles)])
+        except OwnerDiedError as error:
+            raise _learner_lost(f"archiving of version {export.version}", self._log_dir) from error
 
     async def restart(self, sampler: RaySampler) -> RaySampler:
         ray.kill(sampler.actor, no_restart=True)

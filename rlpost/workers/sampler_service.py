@@ -119,6 +119,9 @@ class SamplerService:
             except UpdateRefused as error:
                 self._refused = self._engine.held is None
                 done.set_exception(error)
+            except Exception as error:
+                done.set_exception(error)
+                raise
             else:
                 self._refused = False
                 done.set_result(self._engine.version)

@@ -14,10 +14,11 @@ from rlpost.archive import VersionArchive
 from rlpost.core.patch import UpdateRefused
 from rlpost.core.weights import checksum
 from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.workers.local import LocalSampler
-from tests.pipeline.conftest import Run, make_stage
+from tests.pipeline.conftest import PROMPTS, Run, make_stage
 
 MakeRun = Callable[..., Run]
 
@@ -219,3 +220,46 @@ def test_weights_are_read_beside_the_next_gradient_and_before_the_next_step(
     for begin in [index for index, entry in enumerate(log) if entry == "export begins"]:
         during.update(log[begin + 1 : log.index("export ends", begin)])
     assert during == ({"accumulate begins", "accumulate ends"} if beside else set())
+
+
+def test_a_run_with_an_archive_goes_on_after_a_supervised_stage(make_run: MakeRun, tmp_path: Path) -> None:
+    """The stage's last version is published once more, whole; not twice."""
+    stages = [make_stage("sft", steps=2, staleness=None), make_stage("rl", steps=2)]
+    archive = VersionArchive(tmp_path / "versions", anchor_every=10)
+    first = make_run(stages, archive=archive).start()
+    assert archive.versions == [0, 2, 3, 4]
+    archive.forget_after(2 - 1)
+    start = next(position for position in first.checkpoints.written if position.step == 2)
+    again = make_run(stages, archive=archive, start=start, load_from=first.checkpoints.path(2)).start()
+    assert archive.versions == [0, 2, 3, 4]
+    rebuilt = archive.rebuild(4)
+    assert {name: checksum(tensor) for name, tensor in rebuilt.tensors.items()} == again.digest
+
+
+def test_a_sampler_lost_during_an_evaluation_comes_back_with_the_version_that_is_evaluated(
+    make_run: MakeRun, tiny_model: Path
+) -> None:
+    """The only one, and late enough for the learner to have made the next version meanwhile."""
+    evaluated_on: list[int | None] = []
+    deaths = 0
+
+    class DiesInEvaluation(Watched):
+        async def sample(self, request: Any) -> Any:
+            nonlocal deaths
+            if request.max_tokens == 4 and run.controller.buffer.step >= 2:
+                await asyncio.sleep(0.3)
+                if not deaths:
+                    deaths += 1
+                    raise WorkerLost(self.name, "sampling", "killed by the test")
+                evaluated_on.append(await self.held())
+            return await super().sample(request)
+
+    async def restart(dead: Any) -> DiesInEvaluation:
+        return DiesInEvaluation(LocalSampler(dead.name, PlainSampler(tiny_model)))
+
+    eval_set = EvalSet(name="held-out", prompts=PROMPTS[:2], num_samples=1, temperature=1.0, max_tokens=4)
+    stages = [make_stage("one", steps=2), make_stage("two", steps=3)]
+    run = make_run(stages, wrap_sampler=DiesInEvaluation, restart=restart, eval_sets=[eval_set])
+    asyncio.run(asyncio.wait_for(run.controller.run(), 60))
+    assert deaths == 1 and evaluated_on == [2, 2, 5, 5]
+    assert [row["step"] for row in run.tracker.of("eval")] == [0, 2, 5]
