@@ -8,7 +8,7 @@ weight, and shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,13 +22,14 @@ from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import RELATIVE, TOLERANCES, Sparsity, changed_rows_and_columns, pooled, sparsity
 from rlpost.core.spectrum import (
     Ranks,
+    decompose,
     intruder_dimensions,
     principal_cosines,
     ranks,
     singular_values,
     spectral_shift,
 )
-from rlpost.core.weights import KINDS, weight_kind, weight_layer
+from rlpost.core.weights import in_model_order, weight_kind, weight_layer
 from rlpost.engines.pretrained import StoredTensors, check_weights
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def compare(before: Path, first: Path, second: Path, *, dtype: torch.dtype | Non
             raise ValueError(f"{name} differs in shape or dtype between {before}, {first} and {second}")
         of_kind.setdefault(weight_kind(name), []).append(overlap(*tensors))
     every = [part for parts in of_kind.values() for part in parts]
-    return {kind: pooled_overlap(of_kind[kind]) for kind in _in_order(of_kind)} | {"all": pooled_overlap(every)}
+    return {kind: pooled_overlap(of_kind[kind]) for kind in in_model_order(of_kind)} | {"all": pooled_overlap(every)}
 
 
 class _Archived:
@@ -169,24 +170,20 @@ def _row(name: str, before: Tensor, after: Tensor, *, spectra: bool) -> WeightRo
 
 def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
     sigma_R = singular_values(before_MK, after_MK)
+    old, new = decompose(before_MK), decompose(after_MK)
     return Spectrum(
         ranks=ranks(sigma_R, (before_MK.shape[0], before_MK.shape[1])),
         singular_values=tuple(sigma_R.tolist()),
-        shift=spectral_shift(before_MK, after_MK),
-        smallest_cosine=float(principal_cosines(before_MK, after_MK, TOP)[-1]),
-        intruders=intruder_dimensions(before_MK, after_MK, k=TOP),
+        shift=spectral_shift(old, new),
+        smallest_cosine=float(principal_cosines(old, new, TOP)[-1]),
+        intruders=intruder_dimensions(old, new, k=TOP),
     )
 
 
 def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
     """The rows of each kind of weight, in the order of a model; then all of them under "all"."""
-    kinds = _in_order({row.kind for row in rows})
+    kinds = in_model_order({row.kind for row in rows})
     return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
-
-
-def _in_order(kinds: Iterable[str]) -> list[str]:
-    order = [*KINDS.values(), "norm", "bias"]
-    return sorted(kinds, key=lambda kind: (order.index(kind) if kind in order else len(order), kind))
 
 
 def render(rows: Sequence[WeightRow]) -> Group:

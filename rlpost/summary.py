@@ -185,7 +185,7 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     """
     from safetensors import safe_open
 
-    from rlpost.core.weights import KINDS, bits, weight_kind
+    from rlpost.core.weights import bits, in_model_order, weight_kind
 
     before, after = _tensor_files(before_dir), _tensor_files(after_dir)
     if lonely := sorted(before.keys() ^ after.keys()):
@@ -204,14 +204,14 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
         counts[weight_kind(name)].update(
             tensors=1, entries=old_MN.numel(), unchanged=int((bits(old_MN.bfloat16()) == bits(new_MN.bfloat16())).sum())
         )
-    order = [*KINDS.values(), "norm", "bias"]
     return [
         MovedWeights(
-            kind=kind, num_tensors=count["tensors"], num_entries=count["entries"], num_unchanged=count["unchanged"]
+            kind=kind,
+            num_tensors=counts[kind]["tensors"],
+            num_entries=counts[kind]["entries"],
+            num_unchanged=counts[kind]["unchanged"],
         )
-        for kind, count in sorted(
-            counts.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])
-        )
+        for kind in in_model_order(counts)
     ]
 
 

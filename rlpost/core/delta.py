@@ -85,9 +85,19 @@ class TensorPatch:
         return sum(len(piece.payload) for piece in self.pieces)
 
     @property
+    def num_values(self) -> int:
+        """Entries of the sections themselves."""
+        return sum(section.stop - section.start for section in self.sections)
+
+    @property
     def full_bytes(self) -> int:
         """Of the sections themselves."""
-        return sum(section.stop - section.start for section in self.sections) * self.dtype.itemsize
+        return self.num_values * self.dtype.itemsize
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it needs no base."""
+        return all(section.before is None for section in self.sections)
 
     @property
     def num_changed(self) -> int:
@@ -220,7 +230,7 @@ def apply(patch: TensorPatch, held: Tensor | None) -> Tensor:
         ValueError: when `held` is not what the patch applies to, a piece is broken, or the result is not what was encoded.
     """
     check_sections(patch)
-    if all(section.before is None for section in patch.sections):
+    if patch.is_complete:
         result = torch.empty(patch.shape, dtype=patch.dtype)
     else:
         base = fitting(patch, held).detach().cpu()

@@ -78,7 +78,7 @@ class WeightPatch:
     @property
     def num_values(self) -> int:
         """Entries of the tensors themselves, or of the sections it has of them."""
-        return sum(tensor.full_bytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+        return sum(tensor.num_values for tensor in self.tensors.values())
 
 
 def diff(base: WeightImage | None, target: WeightImage) -> WeightPatch:
@@ -124,14 +124,14 @@ def joined_patch(parts: Sequence[WeightPatch]) -> WeightPatch:
             of_tensor.setdefault(name, []).append(tensor)
     tensors = {}
     for name, patches in of_tensor.items():
-        with naming(name, version):
+        with naming(f"{name}, patched to version {version}"):
             tensors[name] = joined(patches)
     return WeightPatch(version=version, base=base, tensors=tensors)
 
 
 def patched_tensor(patch: WeightPatch, name: str, held: Tensor | None) -> Tensor:
     """One tensor of `patched`; raises ValueError naming it."""
-    with naming(name, patch.version):
+    with naming(f"{name}, patched to version {patch.version}"):
         return apply(patch.tensors[name], held)
 
 
@@ -149,12 +149,12 @@ def rebuilt(patches: Iterable[WeightPatch]) -> WeightImage:
         _check_follows(patch, None if last is None else last.version)
         refuse_removed(tensors, patch.tensors)
         for name, tensor in patch.tensors.items():
-            with naming(name, patch.version):
+            with naming(f"{name}, patched to version {patch.version}"):
                 tensors[name] = _advanced(tensor, tensors.get(name))
         last = patch
     assert last is not None, "a chain has a first patch"
     for name, tensor in last.tensors.items():
-        with naming(name, last.version):
+        with naming(f"{name}, patched to version {last.version}"):
             check_result(tensor, tensors[name].view(-1))
     return WeightImage(version=last.version, tensors=tensors)
 
@@ -254,7 +254,7 @@ def _check_follows(patch: WeightPatch, held: int | None) -> None:
 def _advanced(patch: TensorPatch, held: Tensor | None) -> Tensor:
     """The tensor held, changed in place; a new one where the patch is whole."""
     check_sections(patch)
-    if all(section.before is None for section in patch.sections):
+    if patch.is_complete:
         return apply(patch, None)
     tensor = fitting(patch, held)
     apply_pieces(patch.pieces, tensor.view(-1))
@@ -262,9 +262,9 @@ def _advanced(patch: TensorPatch, held: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def naming(name: str, version: int) -> Iterator[None]:
-    """Errors about a tensor say which."""
+def naming(tensor: str) -> Iterator[None]:
+    """ValueErrors about a tensor say which."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}, patched to version {version}: {error}") from error
+        raise ValueError(f"{tensor}: {error}") from error

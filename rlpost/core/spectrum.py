@@ -61,21 +61,31 @@ def ranks(sigma_R: Tensor, shape: tuple[int, int]) -> Ranks:
     )
 
 
-def principal_cosines(before_MK: Tensor, after_MK: Tensor, k: int) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decomposition:
+    """Of one weight: left singular vectors [M, R] and singular values [R], descending, float32."""
+
+    left_MR: Tensor
+    sigma_R: Tensor
+
+
+def decompose(weight_MK: Tensor) -> Decomposition:
+    left_MR, sigma_R, _ = torch.linalg.svd(weight_MK.detach().float(), full_matrices=False)
+    return Decomposition(left_MR=left_MR, sigma_R=sigma_R)
+
+
+def principal_cosines(before: Decomposition, after: Decomposition, k: int) -> Tensor:
     """[k] cosines of the angles between the top-k left singular subspaces, descending: 1 where a direction was kept."""
-    left = [torch.linalg.svd(w.detach().float(), full_matrices=False).U[:, :k] for w in (before_MK, after_MK)]
-    return torch.linalg.svdvals(left[0].T @ left[1]).clamp(max=1.0)
+    return torch.linalg.svdvals(before.left_MR[:, :k].T @ after.left_MR[:, :k]).clamp(max=1.0)
 
 
-def spectral_shift(before_MK: Tensor, after_MK: Tensor) -> float | None:
+def spectral_shift(before: Decomposition, after: Decomposition) -> float | None:
     """|sigma(after) - sigma(before)|_2 / |sigma(before)|_2: 0 where the spectrum was kept; None where there was none."""
-    before_R, after_R = (torch.linalg.svdvals(w.detach().float()) for w in (before_MK, after_MK))
-    return float((after_R - before_R).norm() / before_R.norm()) if before_R.any() else None
+    return float((after.sigma_R - before.sigma_R).norm() / before.sigma_R.norm()) if before.sigma_R.any() else None
 
 
-def intruder_dimensions(before_MK: Tensor, after_MK: Tensor, *, k: int = 10, epsilon: float = 0.5) -> int:
+def intruder_dimensions(before: Decomposition, after: Decomposition, *, k: int = 10, epsilon: float = 0.5) -> int:
     """Of the top-k left singular vectors of the tuned weight, those whose cosine with every one of the base's is below
     `epsilon`, in magnitude."""
-    before_MR, after_MR = (torch.linalg.svd(w.detach().float(), full_matrices=False).U for w in (before_MK, after_MK))
-    nearest_k = (before_MR.T @ after_MR[:, :k]).abs().amax(0)
+    nearest_k = (before.left_MR.T @ after.left_MR[:, :k]).abs().amax(0)
     return int((nearest_k < epsilon).sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import xxhash
@@ -50,6 +50,12 @@ def weight_kind(name: str) -> str:
     if parameter == "bias":
         return "bias"
     return KINDS.get(module, "norm" if module.endswith("norm") else module)
+
+
+def in_model_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds of weights as a model has them; those that `weight_kind` only takes from a module come last."""
+    order = [*KINDS.values(), "norm", "bias"]
+    return sorted(kinds, key=lambda kind: (order.index(kind) if kind in order else len(order), kind))
 
 
 def weight_layer(name: str) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlpost.core.metrics import StepReport
 from rlpost.core.objective import StageSpec
-from rlpost.core.patch import UpdateRefused, WeightPatch  # noqa: F401
+from rlpost.core.patch import WeightPatch
 from rlpost.core.subnetwork import Coverage
 from rlpost.engines.pretrained import PeftAdapter
 from rlpost.types import Rollout

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from rlpost.core.delta import apply_pieces, check_result
-from rlpost.core.patch import WeightPatch
+from rlpost.core.patch import WeightPatch, naming
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.forward import load_policy
-from rlpost.engines.sampling import Holding, check_fits, check_request, end_token_ids, make_rollout, naming
+from rlpost.engines.sampling import Holding, check_fits, check_request, end_token_ids, make_rollout
 from rlpost.types import Rollout, VersionSpan
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlpost.core.delta import check_sections
-from rlpost.core.patch import WeightPatch
-from rlpost.engines.base import RolloutRequest, UpdateRefused
+from rlpost.core.patch import UpdateRefused, WeightPatch, naming
+from rlpost.engines.base import RolloutRequest
 from rlpost.types import Rollout, VersionSpan
 
 COLDEST, HOTTEST = 0.01, 2.0
@@ -120,17 +120,8 @@ def check_fits(patch: WeightPatch, model: Mapping[str, Tensor]) -> None:
             )
         with naming(name):
             check_sections(tensor)
-            if patch.base is None and any(section.before is not None for section in tensor.sections):
+            if patch.base is None and not tensor.is_complete:
                 raise ValueError("the update applies to no version, and is not all of it")
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Errors about a tensor say which."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def make_rollout(

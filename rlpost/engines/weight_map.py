@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlpost.core.delta import TensorPatch, apply_pieces, check_result
-from rlpost.core.patch import WeightPatch
+from rlpost.core.patch import WeightPatch, naming
 from rlpost.core.weights import bits
-from rlpost.engines.sampling import check_fits, naming
+from rlpost.engines.sampling import check_fits
 
 
 class WeightMap:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlpost.core.spectrum import (
+    decompose,
     intruder_dimensions,
     principal_cosines,
     ranks,
@@ -52,19 +53,20 @@ def test_ranks_of_a_spectrum_worked_by_hand() -> None:
 
 def test_angles_and_shift() -> None:
     before = matrix([5.0, 4.0, 3.0, 2.0]).float()
-    assert principal_cosines(before, 2 * before, 3).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
-    assert spectral_shift(before, 2 * before) == pytest.approx(1.0, abs=1e-5)
+    assert principal_cosines(decompose(before), decompose(2 * before), 3).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    assert spectral_shift(decompose(before), decompose(2 * before)) == pytest.approx(1.0, abs=1e-5)
     other = torch.zeros(40, 30)
     left = torch.linalg.svd(before).U
     other[:, 0], other[:, 1] = 9 * left[:, 0], 8 * left[:, 20]
-    cosines = principal_cosines(before, other, 2)
+    cosines = principal_cosines(decompose(before), decompose(other), 2)
     assert cosines.tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
 
 
 def test_an_intruder_is_a_top_direction_that_the_base_does_not_have() -> None:
     base = matrix([5.0, 4.0, 3.0, 2.0, 1.0], shape=(60, 5)).float()
     direction = torch.linalg.svd(base).U[:, 30]
-    assert intruder_dimensions(base, base, k=5) == 0
+    assert intruder_dimensions(decompose(base), decompose(base), k=5) == 0
     tuned = base + 20 * torch.outer(direction, torch.linalg.svd(base).Vh[4])
-    assert intruder_dimensions(base, tuned, k=1) == 1
-    assert intruder_dimensions(base, base + 0.1 * torch.outer(direction, torch.ones(5)), k=5) == 0
+    assert intruder_dimensions(decompose(base), decompose(tuned), k=1) == 1
+    nudged = base + 0.1 * torch.outer(direction, torch.ones(5))
+    assert intruder_dimensions(decompose(base), decompose(nudged), k=5) == 0

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import rlpost.engines.vllm_sampler as vllm_sampler
 from rlpost.core.delta import TensorPatch, encode
-from rlpost.core.patch import WeightPatch
+from rlpost.core.patch import UpdateRefused, WeightPatch
 from rlpost.core.weights import bits
-from rlpost.engines.base import RolloutRequest, SamplerEngine, UpdateRefused
+from rlpost.engines.base import RolloutRequest, SamplerEngine
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.types import Rollout, WeightImage
 from tests.engines.conftest import END_IDS, Reference, make_update, random_weights, stepped
