@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rlpost import __version__, exit_codes
 
@@ -37,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     analyze = commands.add_parser(
         "analyze", help="measure how sparse and of what rank the update between two models is"
     )
-    analyze.add_argument("before", type=Path, help="a model directory, or RUN@N: version N of a run's archive")
-    analyze.add_argument("after", type=Path, nargs="+", help="the same; several are also compared with each other")
+    analyze.add_argument("before", help="a model directory, or RUN@N: version N of a run's archive")
+    analyze.add_argument("after", nargs="+", help="the same; several are also compared with each other")
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
     analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")
@@ -133,31 +131,24 @@ def _analyze(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from rlpost.analyze import analyze, compare, figures, render, render_overlaps
+    from rlpost.analysis.measure import analyze, plain
+    from rlpost.analysis.tables import render, render_comparison
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    console = Console(soft_wrap=True)
-    before, tuned = arguments.before, arguments.after
     if arguments.output is not None and not arguments.output.parent.is_dir():
         return _stopped(f"{arguments.output.parent} is no directory to write to", exit_codes.USAGE)
-    content: dict[str, Any] = {"before": str(before), "updates": {}, "overlaps": []}
     try:
-        for after in tuned:
-            rows = analyze(before, after, dtype=dtype, spectra=arguments.spectra)
-            content["updates"][str(after)] = figures(rows)
-            console.print(f"{before} -> {after}", markup=False)
-            console.print(render(rows))
-        for first, second in itertools.combinations(tuned, 2):
-            overlaps = compare(before, first, second, dtype=dtype)
-            kinds = {kind: asdict(found) for kind, found in overlaps.items()}
-            content["overlaps"].append({"first": str(first), "second": str(second), "kinds": kinds})
-            console.print(
-                render_overlaps(overlaps, f"entries that {first} and {second} changed, of those of the first")
-            )
+        analysis = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
+    console = Console(soft_wrap=True)
+    for update in analysis.updates:
+        console.print(f"{analysis.before} -> {update.after}", markup=False)
+        console.print(render(update.rows))
+    for comparison in analysis.comparisons:
+        console.print(render_comparison(comparison))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(plain(analysis), indent=2) + "\n")
     return 0
 
 
