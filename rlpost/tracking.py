@@ -1,6 +1,6 @@
-"""Where figures go: four JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
+"""Where figures go: five JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
 
-    log(kind, row) -> file, at once, in the caller's thread      metrics.jsonl eval.jsonl rollouts.jsonl events.jsonl
+    log(kind, row) -> file, at once, in the caller's thread      one file of each kind (`FILES`)
                    -> terminal, thinned out (`rlpost.progress`)
                    -> a queue -> one background thread -> wandb  (may be late, fail or be absent: the run goes on)
 
@@ -32,9 +32,17 @@ from rlpost.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-FILES = {"step": "metrics.jsonl", "eval": "eval.jsonl", "rollout": "rollouts.jsonl", "event": "events.jsonl"}
+FILES = {
+    "step": "metrics.jsonl",
+    "eval": "eval.jsonl",
+    "analysis": "analysis.jsonl",
+    "rollout": "rollouts.jsonl",
+    "event": "events.jsonl",
+}
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 MAX_QUEUED_ROWS = 10_000
+MIRRORED = {"step": "train/step", "eval": "eval/step", "analysis": "analysis/step"}
+"""Kinds of rows that wandb gets, and its axis for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +99,7 @@ class RunTracker:
             with (self.run_dir / FILES[kind]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row), allow_nan=False) + "\n")
             self._progress.show(kind, row)
-        if self._mirror is not None and kind in ("step", "eval"):
+        if self._mirror is not None and kind in MIRRORED:
             self._mirror.put(kind, row)
 
     def close(self, error: str | None = None, *, deadline_s: float = 10.0) -> None:
@@ -304,9 +312,10 @@ class WandbMirror:
 
     def _figures(self, run: Any, kind: str, row: Mapping[str, Any]) -> dict[str, float]:
         """The numbers of a row under wandb's names, each family on an axis of its own, not on wandb's step counter."""
-        axis = "train/step" if kind == "step" else "eval/step"
-        prefix = "" if kind == "step" else f"eval/{row['eval']}/"
-        figures = {prefix + key: value for key, value in _numbers(row).items() if key not in ("step", "time")}
+        axis = MIRRORED[kind]
+        prefix = {"step": "", "eval": f"eval/{row.get('eval')}/", "analysis": "analysis/"}[kind]
+        shown = {key: value for key, value in row.items() if kind != "analysis" or key not in ("weights", "ranks")}
+        figures = {prefix + key: value for key, value in _numbers(shown).items() if key not in ("step", "time")}
         for family in sorted({key.split("/")[0] for key in figures} - self._families):
             run.define_metric(axis)
             run.define_metric(f"{family}/*", step_metric=axis)

@@ -21,7 +21,7 @@ ALLOWED = {
     "progress": set(),
     "checkpoint": {"pipeline"},
     "archive": {"types", "core", "engines", "checkpoint", "tracking"},
-    "analysis": {"archive", "core", "engines"},
+    "analysis": {"types", "archive", "core", "engines"},
     "memory": set(),
     "plan": {"config", "engines", "memory"},
     "recipe": {"config"},
@@ -32,7 +32,7 @@ ALLOWED = {
     "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive", "analysis"},
     "run_directory": {"config", "checkpoint", "engines", "pipeline", "tracking"},
     "stages": {"types", "core", "config", "data", "engines", "pipeline", "checkpoint"},
-    "run": {"archive", "config", "exit_codes", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
+    "run": {"analysis", "archive", "config", "exit_codes", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
 }  # fmt: skip
 ONLY_IN = {
     "vllm": "rlpost/engines/vllm_",

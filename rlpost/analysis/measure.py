@@ -112,7 +112,24 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
         ValueError: when a version has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
             it is not finite.
     """
-    old, *tuned = open_versions([before, *after])
+    return measure([before, *after], open_versions([before, *after]), dtype=dtype, spectra=spectra)
+
+
+def measure(
+    labels: Sequence[str],
+    versions: Sequence[StoredVersion],
+    *,
+    dtype: torch.dtype | None = None,
+    spectra: bool = False,
+    largest: int | None = None,
+) -> Analysis:
+    """As `analyze`, of opened versions, the first of which the others began with.
+
+    Args:
+        labels: what they are called in errors and in the analysis.
+        largest: matrices with more singular values are not decomposed; None: all are, if `spectra`.
+    """
+    (before, *after), (old, *tuned) = labels, versions
     rows: list[list[WeightRow]] = [[] for _ in tuned]
     pictures: list[dict[str, Tensor]] = [{} for _ in tuned]
     pairs = list(itertools.combinations(range(len(tuned)), 2))
@@ -122,7 +139,8 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
         base, *others = (_read(version, name, dtype) for version in (old, *tuned))
         for index, other in enumerate(others):
             try:
-                rows[index].append(weigh(name, base, other, spectra=spectra))
+                small = largest is None or min(base.shape, default=0) <= largest
+                rows[index].append(weigh(name, base, other, spectra=spectra and small))
             except ValueError as error:
                 remedy = ". Give the dtype to compare them in (--dtype)" if base.dtype != other.dtype else ""
                 raise ValueError(f"{before} and {after[index]}: {name}: {error}{remedy}") from error
