@@ -61,6 +61,18 @@ def ranks(sigma_R: Tensor, shape: tuple[int, int]) -> Ranks:
     )
 
 
+def rounded_approximation(before_MK: Tensor, after_MK: Tensor, k: int) -> Tensor:
+    """`after` if the update had been its best approximation of rank k, in float32, and then been rounded to the stored dtype.
+
+    A null: what rank its difference from `before` has beyond k, the rounding alone gave it: an observed rank up to that is no
+    evidence of more than k directions.
+    """
+    left_MR, sigma_R, right_RK = torch.linalg.svd(
+        after_MK.detach().float() - before_MK.detach().float(), full_matrices=False
+    )
+    return (before_MK.detach().float() + (left_MR[:, :k] * sigma_R[:k]) @ right_RK[:k]).to(after_MK.dtype)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decomposition:
     """Of one weight: left singular vectors [M, R] and singular values [R], descending, float32."""

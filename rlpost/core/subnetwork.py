@@ -70,15 +70,25 @@ def updated_mask(before: Tensor, after: Tensor, *, dtype: torch.dtype) -> Tensor
     return bits(before.to(dtype)) != bits(after.to(dtype))
 
 
-def principal_mask(weight_MN: Tensor, *, rank: int, density: float) -> Tensor:
+def principal_mask(weight_MN: Tensor, *, rank: int, density: float, left_MR: Tensor | None = None) -> Tensor:
     """True at the `density` share of entries that are largest, in absolute value, in the best approximation of rank
     `rank`. LIFT, https://arxiv.org/abs/2506.00772; it gives the count as r (M + N), a share compares across shapes.
 
     Of equal entries the first in row-major order goes first.
+
+    Args:
+        left_MR: the left singular vectors, if known.
     """
-    U_MR, S_R, Vh_RN = torch.linalg.svd(weight_MN.float(), full_matrices=False)
-    approximation_MN = (U_MR[:, :rank] * S_R[:rank]) @ Vh_RN[:rank]
+    if left_MR is None:
+        left_MR = torch.linalg.svd(weight_MN.float(), full_matrices=False).U
+    approximation_MN = left_MR[:, :rank] @ (left_MR[:, :rank].T @ weight_MN.float())
     return _largest(approximation_MN.abs(), round(density * weight_MN.numel()))
+
+
+def low_magnitude_mask(weight: Tensor, *, density: float) -> Tensor:
+    """True at the `density` share of entries that are smallest in absolute value. "The Path Not Taken",
+    https://arxiv.org/abs/2511.08567. Of equal entries the first in row-major order goes first."""
+    return _largest(-weight.abs(), round(density * weight.numel()))
 
 
 def random_mask(shape: torch.Size, *, count: int, seed: int, name: str) -> Tensor:

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlpost.core.subnetwork import complement_mask, coverage, principal_mask, random_mask, updated_mask, with_control
+from rlpost.core.subnetwork import (
+    complement_mask,
+    coverage,
+    low_magnitude_mask,
+    principal_mask,
+    random_mask,
+    updated_mask,
+    with_control,
+)
 
 
 def test_an_entry_is_updated_when_its_served_bytes_differ() -> None:
@@ -30,6 +38,20 @@ def test_principal_entries_count_by_absolute_value_and_ties_go_to_the_first() ->
     weight_MN = torch.tensor([[-4.0, 0.0], [0.0, 1.0]])
     assert principal_mask(weight_MN, rank=2, density=0.25).tolist() == [[True, False], [False, False]]
     assert principal_mask(torch.zeros(2, 2), rank=1, density=0.5).tolist() == [[True, True], [False, False]]
+
+
+def test_principal_entries_are_the_same_from_singular_vectors_at_hand() -> None:
+    weight_MN = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    left_MR = torch.linalg.svd(weight_MN, full_matrices=False).U
+    found = principal_mask(weight_MN, rank=3, density=0.2, left_MR=left_MR)
+    assert torch.equal(found, principal_mask(weight_MN, rank=3, density=0.2))
+    assert not torch.equal(found, principal_mask(weight_MN, rank=3, density=0.2, left_MR=left_MR.roll(1, 1)))
+
+
+def test_entries_of_low_magnitude_are_the_smallest_and_ties_go_to_the_first() -> None:
+    weight = torch.tensor([[-3.0, 0.5], [-0.5, 2.0]])
+    assert low_magnitude_mask(weight, density=0.25).tolist() == [[False, True], [False, False]]
+    assert low_magnitude_mask(weight.bfloat16(), density=0.75).tolist() == [[False, True], [True, True]]
 
 
 @given(size=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 10))
