@@ -230,11 +230,22 @@ class ArchiveConfig(Table):
     """Versions from one that is kept whole to the next; those between are kept as changes, and rebuilt from it."""
 
 
+class ObserverConfig(Table):
+    """Measure published versions while the run goes on (analysis.jsonl), and write a report of each stage."""
+
+    spectra_every: Positive = 25
+    """Versions from one whose update is decomposed to the next."""
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Share of one core's time; what it cannot do with that it leaves out, and says so."""
+
+
 class PublishConfig(Table):
     encoding: Literal["delta", "full"] = "delta"
     """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
     another version gets all of them. full: every version whole."""
     archive: ArchiveConfig | None = None
+    observer: ObserverConfig | None = None
+    """Takes twice the weights of the driver's memory."""
 
 
 class MathVerifierConfig(Table):

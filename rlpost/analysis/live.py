@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rlpost.analysis.measure import Analysis, measure
 from rlpost.analysis.stored import HeldVersion, open_version
+from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
-from rlpost.core.weights import bits, in_model_order, weight_kind
+from rlpost.core.weights import in_model_order, weight_kind
 from rlpost.types import WeightImage
 
 NICENESS = 19
@@ -38,44 +39,6 @@ class ObservedStage:
     last: int
     start: Path
     """The model directory it begins with: there once its first step is published."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Movement:
-    """Counts of one weight's entries at one version; `of` adds those of several.
-
-    Example:
-        Movement(numel=100, changed=3, moved=20, ever_moved=25): 5 entries have moved and come back.
-    """
-
-    numel: int
-    changed: int | None
-    """Since the version before; None where that one was not seen."""
-    moved: int
-    """Now different from the start of the stage."""
-    ever_moved: int
-    """At any version seen of the stage."""
-
-    @classmethod
-    def of(cls, parts: Iterable[Movement]) -> Movement:
-        every = list(parts)
-        changed = [part.changed for part in every]
-        return cls(
-            numel=sum(part.numel for part in every),
-            changed=None if None in changed else sum(filter(None, changed)),
-            moved=sum(part.moved for part in every),
-            ever_moved=sum(part.ever_moved for part in every),
-        )
-
-    def figures(self) -> dict[str, float]:
-        """As shares: of all entries, `returned` of those that ever moved."""
-        returned = self.ever_moved - self.moved
-        return {
-            **({} if self.changed is None else {"unchanged": 1 - self.changed / self.numel}),
-            "unchanged_since_start": 1 - self.moved / self.numel,
-            "ever_moved": self.ever_moved / self.numel,
-            "returned": returned / self.ever_moved if self.ever_moved else 0.0,
-        }
 
 
 class VersionObserver:
@@ -109,8 +72,8 @@ class VersionObserver:
         self._image: WeightImage | None = None
         self._stage: ObservedStage | None = None
         self._start: dict[str, Tensor] = {}
-        self._ever: dict[str, Tensor] = {}
-        self._counts: dict[str, Movement] = {}
+        self._entries: dict[str, MovedEntries] = {}
+        self._counts: dict[str, _Counts] = {}
         self._thread = threading.Thread(target=self._serve, name="observer", daemon=True)
         self._thread.start()
 
@@ -136,10 +99,12 @@ class VersionObserver:
         self._work.put((patch, self._passed))
         self._passed = []
 
-    def close(self) -> None:
+    def close(self, limit_s: float) -> None:
         """Wait until everything taken is measured."""
         self._work.put(None)
-        self._thread.join()
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            self._give_up(f"the last versions took longer than {limit_s:g} s")
 
     # -- in its thread -------------------------------------------------------------------------------------------------
 
@@ -155,8 +120,11 @@ class VersionObserver:
                     self._spent_s += time.thread_time() - began
                     self._work.task_done()
         except Exception as error:  # noqa: BLE001 - who watches a run must not end it; said once, and it stops watching
-            self._failed.set()
-            self._log("event", {"event": "observer_failed", "detail": f"{type(error).__name__}: {error}"})
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, detail: str) -> None:
+        self._failed.set()
+        self._log("event", {"event": "observer_failed", "detail": detail})
 
     def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
         seen_before = self._image is not None
@@ -180,25 +148,16 @@ class VersionObserver:
         stored, served = open_version(str(stage.start)), self._image.tensors
         self._stage = stage
         self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in served.items()}
-        self._ever = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in served.items()}
+        self._entries = {name: MovedEntries(start) for name, start in self._start.items()}
         self._counts = {}
 
     def _count(self, patch: WeightPatch) -> None:
         assert self._image is not None
         for name, present in self._image.tensors.items():
             changed = patch.tensors[name].num_changed
-            if changed or name not in self._counts:
-                differs = bits(present) != bits(self._start[name])
-                self._ever[name] |= differs
-                moved, ever = int(differs.sum()), int(self._ever[name].sum())
-            else:
-                moved, ever = self._counts[name].moved, self._counts[name].ever_moved
-            self._counts[name] = Movement(
-                numel=present.numel(),
-                changed=None if patch.base is None else changed,
-                moved=moved,
-                ever_moved=ever,
-            )
+            known = self._counts.get(name)
+            moved = known.moved if known and not changed else self._entries[name].update(present)
+            self._counts[name] = _Counts(None if patch.base is None else changed, moved)
 
     def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
         assert self._image is not None
@@ -208,11 +167,33 @@ class VersionObserver:
         )
 
     def _figures(self) -> dict[str, Any]:
-        of_kind: dict[str, list[Movement]] = {}
+        of_kind: dict[str, list[_Counts]] = {}
         for name, counts in self._counts.items():
             of_kind.setdefault(weight_kind(name), []).append(counts)
         return {
-            **Movement.of(self._counts.values()).figures(),
-            "kinds": {kind: Movement.of(of_kind[kind]).figures() for kind in in_model_order(of_kind)},
-            "weights": {name: counts.figures() for name, counts in self._counts.items()},
+            **_shares(self._counts.values()),
+            "kinds": {kind: _shares(of_kind[kind]) for kind in in_model_order(of_kind)},
+            "weights": {name: _shares([counts]) for name, counts in self._counts.items()},
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of one weight at one version."""
+
+    changed: int | None
+    """Entries that differ from the version before; None where that one was not seen."""
+    moved: Moved
+
+
+def _shares(parts: Iterable[_Counts]) -> dict[str, float]:
+    """Of all entries; `returned` of those that ever moved."""
+    every = list(parts)
+    moved = pooled_moved(part.moved for part in every)
+    changed = [part.changed for part in every if part.changed is not None]
+    return {
+        **({"unchanged": 1 - sum(changed) / moved.numel} if len(changed) == len(every) else {}),
+        "unchanged_since_start": 1 - moved.now / moved.numel,
+        "ever_moved": moved.ever / moved.numel,
+        "returned": moved.returned / moved.ever if moved.ever else 0.0,
+    }

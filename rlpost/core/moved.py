@@ -36,13 +36,13 @@ class Moved:
 
 
 class MovedEntries:
-    """Of one weight, version by version; keeps the base image and a byte per entry.
+    """Of one weight, version by version; keeps the base, to which nobody may write, and a byte per entry.
 
     A version that was not seen is no part of `ever`: an entry that moved and returned between two updates never moved.
     """
 
     def __init__(self, base: Tensor) -> None:
-        self._base = bits(base.detach().clone())
+        self._base = bits(base)
         self._ever = torch.zeros(base.shape, dtype=torch.bool, device=base.device)
 
     def update(self, present: Tensor) -> Moved:

@@ -24,13 +24,6 @@ def test_an_entry_that_moves_and_returns_is_counted() -> None:
     assert entries.update(base).returned == 3
 
 
-def test_the_base_is_as_it_was_when_the_run_began() -> None:
-    base = torch.zeros(3)
-    entries = MovedEntries(base)
-    base += 1.0
-    assert entries.update(base).now == 3
-
-
 def test_pooling_adds_counts() -> None:
     total = pooled_moved([Moved(numel=4, now=1, ever=3), Moved(numel=6, now=0, ever=1)])
     assert total == Moved(numel=10, now=1, ever=4) and total.returned == 3
