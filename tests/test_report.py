@@ -135,7 +135,7 @@ def test_tables_of_the_page_are_the_analysis(analysis: Analysis) -> None:
         assert column(single[index], "rms update") == {
             row.name: f"{row.sparsity.rms_update:.2e}" for row in update.rows
         }
-    (overlap,) = [table for table in page.tables if "matched chance" in table[0]]
+    (overlap,) = [table for table in page.tables if "Jaccard" in table[0]]
     found = analysis.comparisons[0].kinds["q"]
     (q_row,) = [row for row in overlap if row[0] == "q"]
     expected = [found.of_first(n) for n in (found.both, found.uniform, found.matched)]

@@ -20,8 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from rlpost.analysis.measure import Analysis, Pooled, Update, WeightRow, by_kind, pool
@@ -35,10 +34,23 @@ History = Sequence[Mapping[str, Any]]
 WIDTH = 9.0
 """Inches of every figure: 864 pixels of a page."""
 INK, MUTED, RULE = "#1d2430", "#66707f", "#d9dee5"
-# Wong's palette for updates and Tol's muted one for kinds: both can be told apart with any colour vision.
-UPDATES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-KINDS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Wong's palette, which any colour vision tells apart.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+UPDATES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+MARKERS = ("o", "s", "^", "v", "P", "X", "*")
+KINDS = {
+    "q": (BLUE, "-"),
+    "k": (SKY, "-"),
+    "v": (GREEN, "-"),
+    "o": ("#332288", "-"),
+    "gate": (VERMILION, "--"),
+    "up": (ORANGE, "--"),
+    "down": (PURPLE, "--"),
+    "embedding": (MUTED, ":"),
+    "head": (INK, ":"),
+}
+OBSERVED = {"marker": "o", "ls": "", "color": BLUE, "ms": 6}
+EXPECTED = {"marker": "D", "ls": "", "mfc": "white", "mec": VERMILION, "mew": 1.5, "ms": 7}
 SEQUENTIAL = LinearSegmentedColormap.from_list("share", ("#f3f7fb", "#a9cbe3", "#4f94c4", "#15609f", "#082c5c"))
 MASK = LinearSegmentedColormap.from_list("mask", ("#f6f7f9", "#8b93a0", "#10151d"))
 STYLE = {
@@ -151,27 +163,21 @@ def _by_layer_and_kind(
     found = {measure: maps for measure, maps in found.items() if any(maps)}
     if not found:
         return None
-    beside = min(len(names), 2 if len(layers) <= 40 else 1)
-    down = math.ceil(len(names) / beside)
+    down, beside = _grid(len(names), widest=max(1, 90 // len(columns)))
     kinds = len(next(iter(found.values()))[0])
     figure = _figure(len(found) * down * (0.62 + 0.235 * kinds) + 0.15)
     for part, (measure, maps) in zip(np.atleast_1d(figure.subfigures(len(found), 1)), found.items(), strict=True):
         axes = part.subplots(down, beside, squeeze=False, sharex=True, sharey=True)
         values = np.concatenate([list(kind_rows.values()) for kind_rows in maps], axis=None)
         scale = _scale(values[np.isfinite(values)])
-        for index, (ax, kind_rows) in enumerate(zip(axes.flat, maps, strict=False)):
-            _heat_map(ax, kind_rows, columns, scale, cell_inches=7 / beside / len(columns))
-            title = measure if len(names) == 1 else f"{measure}: {_clip(names[index])}" if of else _clip(names[index])
-            ax.set_title(title)
-            if index >= len(names) - beside:
-                ax.set_xlabel("layer")
-        for ax in axes.flat[len(maps) :]:
-            ax.remove()
-        bar = part.colorbar(
-            ScalarMappable(scale, SEQUENTIAL), ax=list(axes.flat[: len(maps)]), aspect=14, pad=0.015, shrink=0.92
+        for ax, kind_rows, name in zip(axes.flat, maps, names, strict=False):
+            _heat_map(ax, kind_rows, columns, scale, cell_inches=7.2 / beside / len(columns))
+            shown = _clip(name, 80 // beside)
+            ax.set_title(measure if len(names) == 1 else f"{measure}: {shown}" if of else shown)
+        _trim(axes, len(maps), "layer")
+        _color_bar(
+            part, axes.flat[: len(maps)], ScalarMappable(scale, SEQUENTIAL), f"{measure}{of} (%)", aspect=14 * down
         )
-        bar.set_label(f"{measure}{of} (%)")
-        bar.outline.set_visible(False)
     return figure
 
 
@@ -199,16 +205,19 @@ def _heat_map(
     cell_inches: float,
 ) -> None:
     """What belongs to no layer stands apart, right of a gap."""
-    centers = [index + 0.5 + (0.4 if column is None else 0) for index, column in enumerate(columns)]
-    for row, values in enumerate(kinds.values()):
-        for center, value in zip(centers, values, strict=True):
-            if math.isnan(value):
-                continue
-            color = SEQUENTIAL(scale(value))
-            ax.add_patch(Rectangle((center - 0.5, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
-            if cell_inches >= 0.5:
-                ink = INK if sum(color[:3]) > 1.5 else "white"
-                ax.text(center, row + 0.5, f"{value:.1f}", color=ink, size=8, ha="center", va="center")
+    values = np.array(list(kinds.values()))
+    edges = [float(index) for index in range(len(columns) + 1)]
+    if columns[-1] is None:
+        edges = [*edges[:-1], edges[-2] + 0.4, edges[-1] + 0.4]
+        values = np.insert(values, len(columns) - 1, math.nan, axis=1)
+    ax.pcolormesh(edges, range(len(kinds) + 1), values, cmap=SEQUENTIAL, norm=scale, edgecolor="white", linewidth=0.6)
+    centers = [index + (0.9 if column is None else 0.5) for index, column in enumerate(columns)]
+    if cell_inches >= 0.5:
+        for row, shares in enumerate(kinds.values()):
+            for center, share in zip(centers, shares, strict=True):
+                if not math.isnan(share):
+                    ink = INK if sum(SEQUENTIAL(scale(share))[:3]) > 1.6 else "white"
+                    ax.text(center, row + 0.5, f"{share:.1f}", color=ink, size=8, ha="center", va="center")
     ax.set(xlim=(0, centers[-1] + 0.5), ylim=(len(kinds), 0))
     ax.set_yticks([row + 0.5 for row in range(len(kinds))], list(kinds))
     every = math.ceil(len(columns) * 0.24 / (cell_inches * len(columns)))
@@ -227,21 +236,18 @@ def _predicted(analysis: Analysis) -> Figure:
             observed, predicted = (
                 100 * found.sparsity.share(n) for n in (found.sparsity.bit_equal, found.sparsity.predicted)
             )
-            ax.plot(
-                [100 * row.sparsity.unchanged for row in rows], [y] * len(rows), "|", color=UPDATES[0], alpha=0.3, ms=7
-            )
-            ax.plot([observed, predicted], [y, y], color=MUTED, lw=1)
-            ax.plot(observed, y, "o", color=UPDATES[0], ms=6)
-            ax.plot(predicted, y, "D", mfc="white", mec=UPDATES[1], mew=1.4, ms=5.5)
+            ax.plot([100 * row.sparsity.unchanged for row in rows], [y] * len(rows), "|", color=BLUE, alpha=0.3, ms=7)
+            ax.plot([observed, predicted], [y, y], color=MUTED, lw=1, zorder=1)
+            ax.plot(predicted, y, **EXPECTED)
+            ax.plot(observed, y, **OBSERVED)
         _kind_axis(ax, list(groups))
-        ax.set_xlabel("unchanged entries (%)")
         return [
-            ax.plot([], [], "o", color=UPDATES[0], ms=6, label="observed")[0],
-            ax.plot([], [], "|", color=UPDATES[0], alpha=0.5, ms=7, label="observed, one weight")[0],
-            ax.plot([], [], "D", mfc="white", mec=UPDATES[1], mew=1.4, ms=5.5, label="absorption null")[0],
+            ax.plot([], [], label="observed", **OBSERVED)[0],
+            ax.plot([], [], "|", color=BLUE, alpha=0.5, ms=7, label="observed, one weight")[0],
+            ax.plot([], [], label="absorption null", **EXPECTED)[0],
         ]
 
-    return _panels(analysis, draw)
+    return _panels(analysis, draw, "unchanged entries (%)")
 
 
 def _untouched(analysis: Analysis) -> Figure | None:
@@ -253,28 +259,27 @@ def _untouched(analysis: Analysis) -> Figure | None:
         groups = {k: found.untouched for k, (_, found) in _kinds(update).items() if found.untouched is not None}
         for y, found in enumerate(groups.values()):
             for offset, color, share, chance in (
-                (-0.17, UPDATES[0], found.rows, found.chance_rows),
-                (0.17, UPDATES[2], found.columns, found.chance_columns),
+                (-0.17, BLUE, found.rows, found.chance_rows),
+                (0.17, GREEN, found.columns, found.chance_columns),
             ):
                 ax.barh(y + offset, 100 * share, height=0.3, color=color)
-                ax.plot([100 * chance] * 2, [y + offset - 0.16, y + offset + 0.16], color=UPDATES[1], lw=2.2)
+                ax.plot([100 * chance] * 2, [y + offset - 0.16, y + offset + 0.16], color=VERMILION, lw=2.2)
         _kind_axis(ax, list(groups))
-        ax.set_xlabel("without a changed entry (%)")
-        ax.set_xlim(left=0, right=max(1.0, ax.get_xlim()[1]))
+        ax.update_datalim([(0, 0), (1, 0)])  # a percent at least, that nothing looks like much
         return [
-            ax.plot([], [], "s", color=UPDATES[0], ms=7, label="rows")[0],
-            ax.plot([], [], "s", color=UPDATES[2], ms=7, label="columns")[0],
-            ax.plot([], [], "|", color=UPDATES[1], mew=2.2, ms=9, label="evenly spread changes")[0],
+            ax.plot([], [], "s", color=BLUE, ms=7, label="rows")[0],
+            ax.plot([], [], "s", color=GREEN, ms=7, label="columns")[0],
+            ax.plot([], [], "|", color=VERMILION, mew=2.2, ms=9, label="evenly spread changes")[0],
         ]
 
-    return _panels(analysis, draw)
+    return _panels(analysis, draw, "without a changed entry (%)")
 
 
 def _tolerances(analysis: Analysis) -> Figure:
     """Share of entries that count as unchanged as the rule becomes more lenient."""
     figure = _figure(3.1)
     ax = figure.subplots()
-    rungs = ["bits", *(f"{tolerance:g}" for tolerance in TOLERANCES)]
+    rungs = ["bits", *map(_power, TOLERANCES)]
     lowest = 100.0
     names = short_names([update.after for update in analysis.updates])
     for index, (update, name) in enumerate(zip(analysis.updates, names, strict=True)):
@@ -284,20 +289,23 @@ def _tolerances(analysis: Analysis) -> Figure:
         color, marker = UPDATES[index % len(UPDATES)], MARKERS[index % len(MARKERS)]
         ax.plot(range(len(rungs)), shares, f"-{marker}", color=color, ms=5.5, label=_clip(name, 60))
         ax.plot(len(rungs) + 0.4, relative, marker, color=color, ms=5.5)
-        ax.plot(-0.0, predicted, "D", mfc="white", mec=color, mew=1.4, ms=6)
+        ax.plot(0, predicted, "D", mfc="white", mec=color, mew=1.4, ms=6)
         lowest = min(lowest, *shares, predicted)
         if len(names) == 1:
             for x, share in zip([*range(len(rungs)), len(rungs) + 0.4], [*shares, relative], strict=True):
                 ax.annotate(f"{share:.1f}", (x, share), (0, 7), textcoords="offset points", ha="center", size=8)
     ax.plot([], [], "D", mfc="white", mec=MUTED, mew=1.4, ms=6, label="absorption null, of bits")
-    ax.axvline(len(rungs) - 0.3, color=RULE)
-    ax.set_xticks([*range(len(rungs)), len(rungs) + 0.4], [*rungs, f"relative {RELATIVE:g}"])
+    ax.axvline(len(rungs) - 0.3, color=RULE, lw=0.8)
+    ax.set_xlim(-0.4, len(rungs) + 0.9)
+    ax.set_xticks([*range(len(rungs)), len(rungs) + 0.4], [*rungs, f"relative {_power(RELATIVE)}"])
     ax.set_xlabel("an entry is unchanged within")
     ax.set_ylabel("unchanged entries (%)")
     ax.set_ylim(max(0.0, lowest - max(0.15 * (100 - lowest), 1)), 100 + max(0.1 * (100 - lowest), 1))
-    ax.yaxis.set_major_locator(MaxNLocator(6))
+    ax.set_yticks(
+        [tick for tick in MaxNLocator(6).tick_values(*ax.get_ylim()) if tick <= 100 and tick >= ax.get_ylim()[0]]
+    )
     ax.grid(axis="y")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5)) if len(names) > 1 else ax.legend(loc="lower right")
+    _legend(figure, ax.get_legend_handles_labels()[0])
     return figure
 
 
@@ -331,9 +339,7 @@ def _masks(analysis: Analysis) -> Figure | None:
             ax.set_ylabel(f"{rows:,} rows", size=8)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(True)
-        bar = part.colorbar(ScalarMappable(scale, MASK), ax=list(axes.flat[: len(weights)]), aspect=14, pad=0.015)
-        bar.set_label("changed entries (%)")
-        bar.outline.set_visible(False)
+        _color_bar(part, axes.flat[: len(weights)], ScalarMappable(scale, MASK), "changed (%)", aspect=14 * down)
     return figure
 
 
@@ -345,27 +351,23 @@ def _spectra(analysis: Analysis) -> Figure | None:
 
     def draw(ax: Axes, update: Update) -> list[Any]:
         handles = []
-        for index, (kind, (rows, _)) in enumerate(_kinds(update).items()):
-            curves = [_normalised(row, place_N) for row in rows]
-            drawn = [curve_N for curve_N in curves if curve_N is not None]
-            if kind == "all" or not drawn:
-                continue
-            dash = "--" if kind in ("gate", "up", "down") else ":" if kind in ("embedding", "head") else "-"
-            curve_N = np.median(drawn, axis=0)
-            handles += ax.plot(
-                100 * place_N, np.maximum(curve_N, 1e-12), dash, color=KINDS[index % len(KINDS)], label=kind
-            )
+        for kind, (rows, _) in _kinds(update).items():
+            curves = [curve_N for row in rows if (curve_N := _normalised(row, place_N)) is not None]
+            if kind != "all" and curves:
+                color, dash = KINDS.get(kind, (VERMILION, "-."))
+                curve_N = np.maximum(np.median(curves, axis=0), 1e-12)
+                handles += ax.plot(100 * place_N, curve_N, dash, color=color, label=kind)
         ax.set_yscale("log")
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-8), top=1.3)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_ylim(max(ax.get_ylim()[0], 1e-5), 1.3)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlim(0, 100)
-        ax.set_xlabel("singular value (% of full rank)")
-        ax.set_ylabel("of the largest")
         ax.grid(axis="y")
         return handles
 
-    return _panels(analysis, draw, height=3.2)
+    figure = _panels(analysis, draw, "singular value (% of full rank)", height=3.0)
+    figure.supylabel("of the largest", size=9)
+    return figure
 
 
 def _normalised(row: WeightRow, place_N: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -381,30 +383,29 @@ def _overlaps(analysis: Analysis) -> Figure | None:
     if not analysis.comparisons:
         return None
     pairs = itertools.combinations(short_names([update.after for update in analysis.updates]), 2)
-    across = min(2, len(analysis.comparisons))
-    down = math.ceil(len(analysis.comparisons) / across)
+    down, across = _grid(len(analysis.comparisons))
     figure = _figure(0.5 + down * (0.85 + 0.24 * len(analysis.comparisons[0].kinds)))
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for ax, comparison, (first, second) in zip(axes.flat, analysis.comparisons, pairs, strict=False):
         for y, found in enumerate(comparison.kinds.values()):
+            if not found.first:
+                continue
             both, uniform, matched = (
                 100 * found.of_first(count) for count in (found.both, found.uniform, found.matched)
             )
             ax.plot([min(both, uniform, matched), max(both, uniform, matched)], [y, y], color=RULE, lw=1.2, zorder=1)
             ax.plot(uniform, y, "|", color=MUTED, ms=10, mew=2)
-            ax.plot(matched, y, "D", mfc="white", mec=UPDATES[1], mew=1.4, ms=5.5)
-            ax.plot(both, y, "o", color=UPDATES[0], ms=6)
+            ax.plot(matched, y, **EXPECTED)
+            ax.plot(both, y, **OBSERVED)
         _kind_axis(ax, list(comparison.kinds))
-        ax.set_title(f"{_clip(first, 24)} and {_clip(second, 24)}")
-        ax.set_xlabel("changed by both, of those of the first (%)")
-    for ax in axes.flat[len(analysis.comparisons) :]:
-        ax.remove()
+        ax.set_title(f"{_clip(first, 54 // across)} and {_clip(second, 54 // across)}")
+    _trim(axes, len(analysis.comparisons), "shared, of what the first changed (%)")
     ax = axes.flat[0]
     _legend(
         figure,
         [
-            ax.plot([], [], "o", color=UPDATES[0], ms=6, label="observed")[0],
-            ax.plot([], [], "D", mfc="white", mec=UPDATES[1], mew=1.4, ms=5.5, label="chance, magnitude-matched")[0],
+            ax.plot([], [], label="observed", **OBSERVED)[0],
+            ax.plot([], [], label="chance, magnitude-matched", **EXPECTED)[0],
             ax.plot([], [], "|", color=MUTED, ms=10, mew=2, label="chance, uniform")[0],
         ],
     )
@@ -415,16 +416,16 @@ def _history(history: History) -> Figure:
     figure = _figure(3.0)
     axes = figure.subplots(1, 2)
     panels = (
-        ("unchanged", {"unchanged": "since the version before", "unchanged_since_start": "since the start"}),
-        ("moved", {"ever_moved": "ever moved, of all", "returned": "back at their start, of those ever moved"}),
+        ("unchanged entries", {"unchanged": "since the version before", "unchanged_since_start": "since the start"}),
+        ("moved entries", {"ever_moved": "ever moved, of all", "returned": "back at their start, of those ever moved"}),
     )
     for ax, (title, keys) in zip(axes, panels, strict=True):
         for (key, label), color, marker in zip(keys.items(), UPDATES, MARKERS, strict=False):
-            points = [(row["step"], 100 * row[key]) for row in history if row.get(key) is not None]
+            points = np.array([(row["step"], 100 * row[key]) for row in history if row.get(key) is not None]).reshape(
+                -1, 2
+            )
             every = max(1, len(points) // 12)
-            ax.plot(
-                *zip(*points, strict=True), f"-{marker}", color=color, ms=4, markevery=every, label=label
-            ) if points else None
+            ax.plot(*points.T, f"-{marker}", color=color, ms=4, markevery=every, label=label)
         for row, before in zip(history[1:], history[:-1], strict=True):
             if row.get("stage") != before.get("stage"):
                 ax.axvline(row["step"], color=MUTED, lw=0.8, ls=":")
@@ -437,21 +438,19 @@ def _history(history: History) -> Figure:
                     size=8,
                     color=MUTED,
                 )
-        ax.set_title(title)
+        ax.set_title(f"{title} (%)")
         ax.set_xlabel("step")
-        ax.set_ylabel("entries (%)")
         ax.grid(axis="y")
         ax.legend()
     return figure
 
 
 def _panels(
-    analysis: Analysis, draw: Callable[[Axes, Update], Sequence[Any]], *, height: float | None = None
+    analysis: Analysis, draw: Callable[[Axes, Update], Sequence[Any]], label: str, *, height: float | None = None
 ) -> Figure:
     """One panel for each update, up to two beside each other, under one legend of the handles that `draw` returns."""
     names = short_names([update.after for update in analysis.updates])
-    across = min(2, len(names))
-    down = math.ceil(len(names) / across)
+    down, across = _grid(len(names))
     each = height or 0.85 + 0.24 * len(by_kind(analysis.updates[0].rows))
     figure = _figure(0.35 + down * each)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
@@ -459,11 +458,36 @@ def _panels(
     for ax, update, name in zip(axes.flat, analysis.updates, names, strict=False):
         handles = draw(ax, update)
         if len(names) > 1:
-            ax.set_title(_clip(name))
-    for ax in axes.flat[len(names) :]:
-        ax.remove()
+            ax.set_title(_clip(name, 100 // across))
+    _trim(axes, len(names), label)
     _legend(figure, handles)
     return figure
+
+
+def _grid(count: int, *, widest: int = 3) -> tuple[int, int]:
+    """Panels down and across: up to three beside each other, four as two by two."""
+    across = min(count, widest, 2 if count == 4 else 3)
+    return math.ceil(count / across), across
+
+
+def _trim(axes: NDArray[Any], count: int, label: str) -> None:
+    """No panel where nothing is drawn; labels below the last one of every column."""
+    for index, ax in enumerate(axes.flat):
+        if index >= count:
+            ax.remove()
+        elif index >= count - axes.shape[1]:
+            ax.set_xlabel(label)
+            ax.tick_params(labelbottom=True)
+
+
+def _color_bar(part: Any, axes: Sequence[Axes], colors: ScalarMappable, label: str, *, aspect: int) -> None:
+    bar = part.colorbar(colors, ax=list(axes), aspect=aspect, pad=0.015, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def _power(value: float) -> str:
+    return f"{value:g}" if value >= 0.01 else f"1e{round(math.log10(value))}"
 
 
 def _kinds(update: Update) -> dict[str, tuple[Sequence[WeightRow], Pooled]]:

@@ -48,9 +48,9 @@ def render_comparison(comparison: Comparison) -> Table:
 def _layers(rows: Sequence[WeightRow]) -> Table:
     layers = {layer: pool(of_layer) for layer, of_layer in by_layer(rows).items()}
     decomposed = any(found.spectrum is not None for found in layers.values())
-    table = _table("update, by layer", [*ENTRY_COLUMNS, *(RANK_COLUMNS if decomposed else ())])
+    table = _table("update, by layer", [*ENTRY_COLUMNS, *(RANK_COLUMNS[:2] if decomposed else ())])
     for layer, found in layers.items():
-        ranks = [] if found.spectrum is None else _rank_cells(found.spectrum)
+        ranks = [] if found.spectrum is None else _rank_cells(found.spectrum)[:2]
         table.add_row(str(layer), *_entry_cells(found.sparsity), *ranks)
     return table
 
