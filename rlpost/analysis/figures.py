@@ -166,7 +166,7 @@ def _by_layer_and_kind(
     down, beside = _grid(len(names), widest=max(1, 90 // len(columns)))
     kinds = len(next(iter(found.values()))[0])
     figure = _figure(len(found) * down * (0.62 + 0.235 * kinds) + 0.15)
-    for part, (measure, maps) in zip(np.atleast_1d(figure.subfigures(len(found), 1)), found.items(), strict=True):
+    for part, (measure, maps) in zip(figure.subfigures(len(found), 1, squeeze=False).flat, found.items(), strict=True):
         axes = part.subplots(down, beside, squeeze=False, sharex=True, sharey=True)
         values = np.concatenate([list(kind_rows.values()) for kind_rows in maps], axis=None)
         scale = _scale(values[np.isfinite(values)])
@@ -216,7 +216,7 @@ def _heat_map(
         for row, shares in enumerate(kinds.values()):
             for center, share in zip(centers, shares, strict=True):
                 if not math.isnan(share):
-                    ink = INK if sum(SEQUENTIAL(scale(share))[:3]) > 1.6 else "white"
+                    ink = INK if sum(SEQUENTIAL(scale(share))[:3]) > 1.75 else "white"
                     ax.text(center, row + 0.5, f"{share:.1f}", color=ink, size=8, ha="center", va="center")
     ax.set(xlim=(0, centers[-1] + 0.5), ylim=(len(kinds), 0))
     ax.set_yticks([row + 0.5 for row in range(len(kinds))], list(kinds))
@@ -279,8 +279,7 @@ def _tolerances(analysis: Analysis) -> Figure:
     """Share of entries that count as unchanged as the rule becomes more lenient."""
     figure = _figure(3.1)
     ax = figure.subplots()
-    rungs = ["bits", *map(_power, TOLERANCES)]
-    lowest = 100.0
+    rungs = ["bits", *map(power, TOLERANCES)]
     names = short_names([update.after for update in analysis.updates])
     for index, (update, name) in enumerate(zip(analysis.updates, names, strict=True)):
         total = pool(update.rows).sparsity
@@ -290,20 +289,19 @@ def _tolerances(analysis: Analysis) -> Figure:
         ax.plot(range(len(rungs)), shares, f"-{marker}", color=color, ms=5.5, label=_clip(name, 60))
         ax.plot(len(rungs) + 0.4, relative, marker, color=color, ms=5.5)
         ax.plot(0, predicted, "D", mfc="white", mec=color, mew=1.4, ms=6)
-        lowest = min(lowest, *shares, predicted)
         if len(names) == 1:
             for x, share in zip([*range(len(rungs)), len(rungs) + 0.4], [*shares, relative], strict=True):
                 ax.annotate(f"{share:.1f}", (x, share), (0, 7), textcoords="offset points", ha="center", size=8)
     ax.plot([], [], "D", mfc="white", mec=MUTED, mew=1.4, ms=6, label="absorption null, of bits")
     ax.axvline(len(rungs) - 0.3, color=RULE, lw=0.8)
     ax.set_xlim(-0.4, len(rungs) + 0.9)
-    ax.set_xticks([*range(len(rungs)), len(rungs) + 0.4], [*rungs, f"relative {_power(RELATIVE)}"])
+    ax.set_xticks([*range(len(rungs)), len(rungs) + 0.4], [*rungs, f"relative {power(RELATIVE)}"])
     ax.set_xlabel("an entry is unchanged within")
     ax.set_ylabel("unchanged entries (%)")
-    ax.set_ylim(max(0.0, lowest - max(0.15 * (100 - lowest), 1)), 100 + max(0.1 * (100 - lowest), 1))
-    ax.set_yticks(
-        [tick for tick in MaxNLocator(6).tick_values(*ax.get_ylim()) if tick <= 100 and tick >= ax.get_ylim()[0]]
-    )
+    low, high = ax.dataLim.intervaly
+    room = max(0.12 * (high - low), 0.5)
+    ax.set_ylim(max(0.0, low - room), high + room)
+    ax.set_yticks([tick for tick in MaxNLocator(6).tick_values(low, high) if max(0.0, low - room) <= tick <= 100])
     ax.grid(axis="y")
     _legend(figure, ax.get_legend_handles_labels()[0])
     return figure
@@ -323,7 +321,7 @@ def _masks(analysis: Analysis) -> Figure | None:
     figure = _figure(down * len(names) * (WIDTH - 1) / across * 1.16 + 0.3 * len(names))
     top = max(float(picture.max()) for update in analysis.updates for picture in update.pictures.values())
     scale = Normalize(0, 100 * top or 100)
-    parts = np.atleast_1d(figure.subfigures(len(names), 1))
+    parts = figure.subfigures(len(names), 1, squeeze=False).flat
     for part, update, name in zip(parts, analysis.updates, names, strict=True):
         if len(names) > 1:
             part.suptitle(_clip(name), x=0.01, ha="left", size=9.5, weight="bold")
@@ -359,7 +357,7 @@ def _spectra(analysis: Analysis) -> Figure | None:
                 handles += ax.plot(100 * place_N, curve_N, dash, color=color, label=kind)
         ax.set_yscale("log")
         ax.set_ylim(max(ax.get_ylim()[0], 1e-5), 1.3)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlim(0, 100)
         ax.grid(axis="y")
@@ -486,7 +484,8 @@ def _color_bar(part: Any, axes: Sequence[Axes], colors: ScalarMappable, label: s
     bar.outline.set_visible(False)
 
 
-def _power(value: float) -> str:
+def power(value: float) -> str:
+    """0.1, but 1e-3."""
     return f"{value:g}" if value >= 0.01 else f"1e{round(math.log10(value))}"
 
 

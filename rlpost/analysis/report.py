@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from rlpost import __version__
-from rlpost.analysis.figures import History, figures, svg
+from rlpost.analysis.figures import History, figures, power, svg
 from rlpost.analysis.measure import TOP, Analysis, Pooled, Update, WeightRow, by_kind, by_layer, pool
 from rlpost.analysis.names import printable, short_names
 from rlpost.core.overlap import NUM_BINS
@@ -58,7 +58,7 @@ def render_report(analysis: Analysis, *, history: History = ()) -> str:
         num_bytes=sum(row.sparsity.numel * WIDTHS.get(row.dtype, 1) for row in rows),
         figures={name: Markup(svg(figure)) for name, figure in figures(analysis, history).items()},
         top=TOP,
-        relative=RELATIVE,
+        relative=power(RELATIVE),
         num_bins=NUM_BINS,
         version=__version__,
     )
