@@ -178,17 +178,24 @@ def test_what_a_user_named_is_shown_and_never_run(tmp_path: Path) -> None:
     assert ">1/&lt;script&gt;alert('$x$')&lt;" in text, "in a figure, dollars are no mathematics"
 
 
-def test_equal_analyses_give_equal_bytes(places: tuple[str, str, str], tmp_path: Path) -> None:
+def test_equal_analyses_give_equal_pages(places: tuple[str, str, str], analysis: Analysis, tmp_path: Path) -> None:
     before, *after = places
-    for name in ("first", "second"):
-        write_figures(figures(analyze(before, after, spectra=True), HISTORY), tmp_path / name)
-        write_report(tmp_path / f"{name}.html", analyze(before, after, spectra=True), history=HISTORY)
-    assert (tmp_path / "first.html").read_bytes() == (tmp_path / "second.html").read_bytes()
-    names = {path.name for path in (tmp_path / "first").iterdir()}
-    drawn = ("unchanged", "predicted", "tolerances", "untouched", "masks", "ranks", "spectra", "overlaps", "history")
-    assert names == {f"{figure}.{suffix}" for figure in drawn for suffix in ("png", "svg")}
-    for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    for name, again in (("first", analysis), ("second", analyze(before, after, spectra=True))):
+        write_report(tmp_path / name, again, history=HISTORY)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_a_figure_is_written_as_png_and_svg_and_the_same_each_time(analysis: Analysis, tmp_path: Path) -> None:
+    drawn = figures(analysis, HISTORY)
+    names = ["unchanged", "predicted", "tolerances", "untouched", "masks", "ranks", "spectra", "overlaps", "history"]
+    assert list(drawn) == names
+    for directory in ("first", "second"):
+        again = figures(analysis, HISTORY)
+        write_figures({name: again[name] for name in ("tolerances", "masks")}, tmp_path / directory)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    assert files.keys() == {"tolerances.png", "tolerances.svg", "masks.png", "masks.svg"}
+    assert files["masks.png"].startswith(b"\x89PNG") and files["masks.svg"].startswith(b"<svg ")
 
 
 def test_a_figure_says_its_numbers_as_text(analysis: Analysis) -> None:
@@ -268,12 +275,13 @@ def test_the_command_writes_each_format_that_is_asked_for(
     places: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = [tmp_path / f"out.{suffix}" for suffix in ("html", "json", "csv", "parquet")]
-    arguments = ["analyze", *places, "--figures", str(tmp_path / "figures")]
+    before, after, _ = places
+    arguments = ["analyze", before, after, "--figures", str(tmp_path / "figures")]
     assert cli.main([*arguments, *(part for path in outputs for part in ("-o", str(path)))]) == 0
     assert all(path.stat().st_size for path in outputs)
-    assert (tmp_path / "figures" / "overlaps.svg").read_text().startswith("<svg ")
-    before, *after = places
-    assert json.loads(outputs[1].read_text()) == json.loads(json.dumps(plain(analyze(before, after))))
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(figures(analyze(before, [after])))
+    assert json.loads(outputs[1].read_text()) == json.loads(json.dumps(plain(analyze(before, [after]))))
+    assert outputs[0].read_text() == render_report(analyze(before, [after]))
     lines = capsys.readouterr().out.split("update, by layer")[1].splitlines()
     assert [line.split()[0] for line in lines[2:4]] == ["0", "1"]
 
