@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -39,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     analyze.add_argument("after", nargs="+", help="the same; several are also compared with each other")
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
-    analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")
+    analyze.add_argument(
+        "-o", "--output", type=Path, action="append", default=[], metavar="FILE",
+        help="write every figure of every weight: .html is a report, .json, .csv or .parquet its data; may be repeated",
+    )  # fmt: skip
+    analyze.add_argument("--figures", type=Path, metavar="DIRECTORY", help="write the report's figures as PNG and SVG")
 
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
@@ -131,13 +134,16 @@ def _analyze(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from rlpost.analysis.measure import analyze, plain
+    from rlpost.analysis.measure import analyze
+    from rlpost.analysis.output import check_output, write_analysis
     from rlpost.analysis.tables import render, render_comparison
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        return _stopped(f"{arguments.output.parent} is no directory to write to", exit_codes.USAGE)
     try:
+        for path in arguments.output:
+            check_output(path)
+        if arguments.figures is not None and not arguments.figures.parent.is_dir():
+            raise ValueError(f"{arguments.figures.parent} is no directory to write to")
         analysis = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
@@ -147,8 +153,12 @@ def _analyze(arguments: argparse.Namespace) -> int:
         console.print(render(update.rows))
     for comparison in analysis.comparisons:
         console.print(render_comparison(comparison))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(plain(analysis), indent=2) + "\n")
+    for path in arguments.output:
+        write_analysis(path, analysis)
+    if arguments.figures is not None:
+        from rlpost.analysis.figures import figures, write_figures
+
+        write_figures(figures(analysis), arguments.figures)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -100,6 +101,45 @@ class Analysis:
     comparisons: tuple[Comparison, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untouched:
+    """Shares of the rows and columns of matrices without a changed entry."""
+
+    rows: float
+    columns: float
+    chance_rows: float
+    """The same if as many entries of each matrix were changed, evenly spread: (unchanged share) ^ (entries of a row)."""
+    chance_columns: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanSpectrum:
+    """Of several matrices, each counting alike."""
+
+    num_matrices: int
+    numerical: float
+    """Ranks here are shares of the most there could be."""
+    entropy: float
+    energy_90: float
+    shift: float | None
+    smallest_cosine: float
+    """The smallest of any of them."""
+    intruders: int
+    """In all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """Several weights, such as those of a kind or of a layer."""
+
+    num_weights: int
+    sparsity: Sparsity
+    untouched: Untouched | None
+    """None without a matrix."""
+    spectrum: MeanSpectrum | None
+    """None without a matrix that was decomposed."""
+
+
 def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, spectra: bool = False) -> Analysis:
     """Every weight of the versions; of those in files, one weight of each is in memory at a time.
 
@@ -187,6 +227,21 @@ def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
     return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
 
 
+def by_layer(rows: Sequence[WeightRow]) -> dict[int, list[WeightRow]]:
+    """The rows of each layer, in order; those of no layer are left out."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    return {layer: [row for row in rows if row.layer == layer] for layer in layers}
+
+
+def pool(rows: Sequence[WeightRow]) -> Pooled:
+    return Pooled(
+        num_weights=len(rows),
+        sparsity=pooled(row.sparsity for row in rows),
+        untouched=_untouched([row for row in rows if row.untouched_rows is not None]),
+        spectrum=_mean_spectrum([row.spectrum for row in rows if row.spectrum is not None and row.spectrum.ranks.full]),
+    )
+
+
 def plain(analysis: Analysis) -> dict[str, Any]:
     """Every figure as plain data, for JSON: of each update pooled by kind and of each weight, and the comparisons."""
     return {
@@ -231,6 +286,33 @@ def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
         shift=spectral_shift(old, new),
         smallest_cosine=float(principal_cosines(old, new, TOP)[-1]),
         intruders=intruder_dimensions(old, new, k=TOP),
+    )
+
+
+def _untouched(matrices: Sequence[WeightRow]) -> Untouched | None:
+    if not matrices:
+        return None
+    num_rows, num_columns = (sum(row.shape[axis] for row in matrices) for axis in (0, 1))
+    return Untouched(
+        rows=sum(row.untouched_rows or 0 for row in matrices) / num_rows,
+        columns=sum(row.untouched_columns or 0 for row in matrices) / num_columns,
+        chance_rows=sum(row.shape[0] * row.sparsity.unchanged ** row.shape[1] for row in matrices) / num_rows,
+        chance_columns=sum(row.shape[1] * row.sparsity.unchanged ** row.shape[0] for row in matrices) / num_columns,
+    )
+
+
+def _mean_spectrum(spectra: Sequence[Spectrum]) -> MeanSpectrum | None:
+    if not spectra:
+        return None
+    shifts = [spectrum.shift for spectrum in spectra if spectrum.shift is not None]
+    return MeanSpectrum(
+        num_matrices=len(spectra),
+        numerical=fmean(s.ranks.numerical / s.ranks.full for s in spectra),
+        entropy=fmean(s.ranks.entropy / s.ranks.full for s in spectra),
+        energy_90=fmean(s.ranks.energy_90 / s.ranks.full for s in spectra),
+        shift=fmean(shifts) if shifts else None,
+        smallest_cosine=min(s.smallest_cosine for s in spectra),
+        intruders=sum(s.intruders for s in spectra),
     )
 
 
