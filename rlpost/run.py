@@ -186,7 +186,9 @@ def _observer(
         last = first + stage.plan.num_steps
         observed.append(ObservedStage(name=stage.name, first=first, last=last, start=start))
         first, start = last, run_dir / EXPORTS / stage.name
-    return VersionObserver(observed, tracker.log, spectra_every=options.spectra_every, budget=options.budget)
+    return VersionObserver(
+        observed, run_dir, tracker.log, tracker.show, spectra_every=options.spectra_every, budget=options.budget
+    )
 
 
 async def _until_interrupted(

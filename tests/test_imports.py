@@ -21,7 +21,7 @@ ALLOWED = {
     "progress": set(),
     "checkpoint": {"pipeline"},
     "archive": {"types", "core", "engines", "checkpoint", "tracking"},
-    "analysis": {"types", "archive", "core", "engines"},
+    "analysis": {"types", "archive", "core", "engines", "tracking"},
     "memory": set(),
     "plan": {"config", "engines", "memory"},
     "recipe": {"config"},

@@ -22,9 +22,14 @@ class Log:
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
         self.events: list[Mapping[str, Any]] = []
+        self.pictures: list[tuple[str, int]] = []
 
     def __call__(self, kind: str, row: Mapping[str, Any]) -> None:
         {"analysis": self.rows, "event": self.events}[kind].append(row)
+
+    def show(self, name: str, step: int, png: bytes) -> None:
+        assert png.startswith(b"\x89PNG")
+        self.pictures.append((name, step))
 
 
 def image(version: int, q: list[float], norm: list[float]) -> WeightImage:
@@ -54,7 +59,7 @@ def observer(tmp_path: Path, log: Log, **options: Any) -> VersionObserver:
         ObservedStage(name="one", first=0, last=3, start=tmp_path / "one"),
         ObservedStage(name="two", first=3, last=4, start=tmp_path / "two"),
     ]
-    return VersionObserver(stages, log, **{"spectra_every": 2, "budget": 1e9} | options)
+    return VersionObserver(stages, tmp_path, log, log.show, **{"spectra_every": 2, "budget": 1e9} | options)
 
 
 def watch(observer: VersionObserver, versions: list[WeightImage]) -> None:
@@ -88,7 +93,9 @@ def test_entries_are_counted_against_the_last_version_and_the_start_of_the_stage
         {name: rank["numerical"] for name, rank in row["ranks"].items()} if "ranks" in row else None for row in log.rows
     ]
     assert ranks == [None, {Q: 1}, {Q: 1}, {Q: 0}]
-    assert not log.events
+    assert log.pictures == [("unchanged", 2), ("unchanged", 3), ("unchanged", 4)]
+    assert [(event["event"], event["stage"]) for event in log.events] == [("report", "one"), ("report", "two")]
+    assert "83.33 %" in (tmp_path / "analysis" / "one.html").read_text()
 
 
 def test_while_it_is_behind_it_lets_versions_pass_and_says_which(versions: list[WeightImage], tmp_path: Path) -> None:

@@ -114,6 +114,16 @@ def write_figures(drawn: Mapping[str, Figure], directory: Path) -> None:
             figure.savefig(directory / f"{name}.png", dpi=200, metadata={"Software": None})
 
 
+def heat_map(analysis: Analysis) -> bytes:
+    """PNG of the unchanged entries by layer and kind."""
+    stream = io.BytesIO()
+    with style():
+        figure = _unchanged(analysis)
+        assert figure is not None
+        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})
+    return stream.getvalue()
+
+
 def svg(figure: Figure) -> str:
     """One <svg> element, ready for a page as for a file; text stays text."""
     stream = io.StringIO()

@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlpost.analysis.figures import heat_map
 from rlpost.analysis.measure import Analysis, measure
+from rlpost.analysis.report import write_report
 from rlpost.analysis.stored import HeldVersion, open_version
 from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
 from rlpost.core.weights import in_model_order, weight_kind
+from rlpost.tracking import FILES, read_rows
 from rlpost.types import WeightImage
 
 NICENESS = 19
+REPORTS = "analysis"
+"""Where the directory of a run has the reports."""
 LARGEST = 1024
 """Matrices with more singular values are left to `rlpost analyze --spectra`: one of 4096 takes a minute."""
 
@@ -51,7 +56,9 @@ class VersionObserver:
     def __init__(
         self,
         stages: Sequence[ObservedStage],
+        run_dir: Path,
         log: Callable[[str, Mapping[str, Any]], None],
+        show: Callable[[str, int, bytes], None],
         *,
         spectra_every: int,
         budget: float = 0.02,
@@ -59,11 +66,14 @@ class VersionObserver:
     ) -> None:
         """
         Args:
+            run_dir: its analysis/<stage>.html is the report of a stage, written when it ends.
             log: takes rows of kind "analysis", and events.
+            show: takes a picture's name, its step and its PNG.
             spectra_every: versions from one whose update is decomposed to the next, counted from the start of a stage.
             budget: share of one core's time.
         """
-        self._stages, self._log, self._spectra_every = stages, log, spectra_every
+        self._stages, self._run_dir, self._log, self._show = stages, run_dir, log, show
+        self._spectra_every = spectra_every
         self._budget, self._clock, self._started, self._spent_s = budget, clock, clock(), 0.0
         self._given: int | None = None
         self._passed: list[int] = []
@@ -137,11 +147,15 @@ class VersionObserver:
             self._begin(stage)
         self._count(patch)
         row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
+        analysis = None
         if version == stage.last or (version - stage.first) % self._spectra_every == 0:
             analysis = self._analysis(stage, version)
             found = {r.name: asdict(r.spectrum.ranks) for r in analysis.updates[0].rows if r.spectrum is not None}
             row["ranks"] = found
+            self._show("unchanged", version, heat_map(analysis))
         self._log("analysis", row)
+        if version == stage.last and analysis is not None:
+            self._report(stage, analysis)
 
     def _begin(self, stage: ObservedStage) -> None:
         assert self._image is not None
@@ -165,6 +179,14 @@ class VersionObserver:
         return measure(
             labels, [HeldVersion(self._start), HeldVersion(self._image.tensors)], spectra=True, largest=LARGEST
         )
+
+    def _report(self, stage: ObservedStage, analysis: Analysis) -> None:
+        """With what was logged of the stage, before a resume too."""
+        rows = read_rows(self._run_dir / FILES["analysis"])
+        path = self._run_dir / REPORTS / f"{stage.name}.html"
+        path.parent.mkdir(exist_ok=True)
+        write_report(path, analysis, history=[row for row in rows if row["stage"] == stage.name])
+        self._log("event", {"event": "report", "stage": stage.name, "path": str(path)})
 
     def _figures(self) -> dict[str, Any]:
         of_kind: dict[str, list[_Counts]] = {}
