@@ -304,6 +304,7 @@ def test_thirty_two_layers_fit_a_terminal(tmp_path: Path, capsys: pytest.Capture
     lines = text.split("update, by layer")[1].splitlines()[2:]
     assert [line.split()[:2] for line in lines] == [[str(layer), "75.00"] for layer in range(32)]
     assert max(map(len, text.split("update, by entry")[1].splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text, "no column was cut"
 
 
 def test_short_names_are_as_long_as_it_takes() -> None:

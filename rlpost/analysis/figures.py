@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +138,8 @@ def svg(figure: Figure) -> str:
 @contextmanager
 def style() -> Iterator[None]:
     """matplotlib's defaults and ours, whatever the user's matplotlibrc says."""
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a path; whoever shows the text may have the font
         yield
 
 
@@ -173,17 +175,19 @@ def _by_layer_and_kind(
     found = {measure: maps for measure, maps in found.items() if any(maps)}
     if not found:
         return None
+    several = len(names) > 1
     down, beside = _grid(len(names), widest=max(1, 90 // len(columns)))
     kinds = len(next(iter(found.values()))[0])
-    figure = _figure(len(found) * down * (0.62 + 0.235 * kinds) + 0.15)
+    figure = _figure(len(found) * (down * (0.62 + 0.235 * kinds) + 0.25 * several) + 0.15)
     for part, (measure, maps) in zip(figure.subfigures(len(found), 1, squeeze=False).flat, found.items(), strict=True):
+        if several and of:
+            part.suptitle(measure, x=0.01, ha="left", size=9.5, weight="bold")
         axes = part.subplots(down, beside, squeeze=False, sharex=True, sharey=True)
         values = np.concatenate([list(kind_rows.values()) for kind_rows in maps], axis=None)
         scale = _scale(values[np.isfinite(values)])
         for ax, kind_rows, name in zip(axes.flat, maps, names, strict=False):
             _heat_map(ax, kind_rows, columns, scale, cell_inches=7.2 / beside / len(columns))
-            shown = _clip(name, 80 // beside)
-            ax.set_title(measure if len(names) == 1 else f"{measure}: {shown}" if of else shown)
+            ax.set_title(_clip(name, 80 // beside) if several else measure)
         _trim(axes, len(maps), "layer")
         _color_bar(
             part, axes.flat[: len(maps)], ScalarMappable(scale, SEQUENTIAL), f"{measure}{of} (%)", aspect=14 * down
@@ -230,8 +234,9 @@ def _heat_map(
                     ax.text(center, row + 0.5, f"{share:.1f}", color=ink, size=8, ha="center", va="center")
     ax.set(xlim=(0, centers[-1] + 0.5), ylim=(len(kinds), 0))
     ax.set_yticks([row + 0.5 for row in range(len(kinds))], list(kinds))
-    every = math.ceil(len(columns) * 0.24 / (cell_inches * len(columns)))
-    shown = [index for index, column in enumerate(columns) if column is None or index % every == 0]
+    every = math.ceil(0.24 / cell_inches)
+    room = centers[-1] - 0.3 / cell_inches if columns[-1] is None else centers[-1]
+    shown = [i for i, column in enumerate(columns) if column is None or (i % every == 0 and centers[i] <= room)]
     ax.set_xticks([centers[i] for i in shown], ["none" if columns[i] is None else str(columns[i]) for i in shown])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -406,7 +411,10 @@ def _overlaps(analysis: Analysis) -> Figure | None:
             ax.plot(matched, y, **EXPECTED)
             ax.plot(both, y, **OBSERVED)
         _kind_axis(ax, list(comparison.kinds))
-        ax.set_title(f"{_clip(first, 54 // across)} and {_clip(second, 54 // across)}")
+        fits = len(first) + len(second) + 5 <= 84 // across
+        ax.set_title(
+            " and ".join((first, second)) if fits else " and\n".join(_clip(n, 78 // across) for n in (first, second))
+        )
     _trim(axes, len(analysis.comparisons), "shared, of what the first changed (%)")
     ax = axes.flat[0]
     _legend(
@@ -514,9 +522,11 @@ def _kind_axis(ax: Axes, kinds: Sequence[str]) -> None:
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 9), handletextpad=0.4, columnspacing=1.4
-    )
+    """Above the panels, in as many columns as there is room for."""
+    pixels = 48 + 6.6 * max(len(handle.get_label()) for handle in handles) if handles else 1
+    columns = max(1, min(len(handles), int(96 * WIDTH / pixels)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handletextpad=0.4, columnspacing=1.4)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (math.ceil(len(handles) / columns) - 1))
 
 
 def _scale(values: NDArray[np.float64]) -> Normalize:
