@@ -79,9 +79,9 @@ def principal_mask(weight_MN: Tensor, *, rank: int, density: float, left_MR: Ten
     Args:
         left_MR: the left singular vectors, if known.
     """
-    if left_MR is None:
-        left_MR = torch.linalg.svd(weight_MN.float(), full_matrices=False).U
-    approximation_MN = left_MR[:, :rank] @ (left_MR[:, :rank].T @ weight_MN.float())
+    known = left_MR is not None
+    top_MR = (left_MR if known else torch.linalg.svd(weight_MN.float(), full_matrices=False).U)[:, :rank]
+    approximation_MN = top_MR @ (top_MR.T @ weight_MN.float())
     return _largest(approximation_MN.abs(), round(density * weight_MN.numel()))
 
 
