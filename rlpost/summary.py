@@ -181,14 +181,14 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     counts, and in float32 every trained entry moves.
 
     Raises:
-        ValueError: as `analysis.stored.Versions`.
+        ValueError: as `analysis.stored.open_versions`.
     """
     import torch
 
-    from rlpost.analysis.stored import Versions
+    from rlpost.analysis.stored import open_versions
     from rlpost.core.weights import bits, in_model_order, weight_kind
 
-    versions = Versions([str(before_dir), str(after_dir)], dtype=torch.bfloat16)
+    versions = open_versions([str(before_dir), str(after_dir)], dtype=torch.bfloat16)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for name in versions.names:
         before, after = versions.tensors(name)

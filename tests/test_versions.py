@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rlpost.analysis import stored
 from rlpost.analysis.adapter import MergedAdapter
 from rlpost.analysis.measure import WeightRow, analyze
-from rlpost.analysis.stored import Versions, open_version
+from rlpost.analysis.stored import open_version, open_versions
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import diff
 from rlpost.core.weights import bits
@@ -229,7 +229,7 @@ def test_vocabularies_of_different_sizes_are_compared_in_the_rows_they_share(
         row = rows_of(*places)[EMBEDDING]
         assert (row.shape, row.sparsity.bit_equal) == ((12, 10), 119)
         assert f"{EMBEDDING}: only the first 12 rows are compared" in notes_of(*places)
-    assert Versions([str(before), str(resized)]).shape(EMBEDDING) == (12, 10)
+    assert open_versions([str(before), str(resized)]).shape(EMBEDDING) == (12, 10)
     narrower = save(tmp_path / "narrower", tensors | {EMBEDDING: tensors[EMBEDDING][:, :8]})
     with pytest.raises(ValueError, match=r"embed_tokens.*\(12, 10\) in .*before and \(12, 8\) in .*narrower"):
         rows_of(before, narrower)
@@ -284,10 +284,10 @@ def test_an_adapter_is_the_model_that_peft_merges(name: str, tiny_model: Path, t
     for key, parameter in adapted.named_parameters():
         if ".lora_" in key:
             nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     merged = adapted.merge_and_unload().state_dict()
 
-    versions = Versions([str(base), str(tmp_path / "adapter")])
+    versions = open_versions([str(base), str(tmp_path / "adapter")])
     changed = set()
     for weight in versions.names:
         before, after = versions.tensors(weight)
@@ -319,8 +319,8 @@ def test_a_merged_weight_is_rounded_once(tmp_path: Path) -> None:
     """To the base's dtype, or straight to the one asked for: 256 + 1.5 is between the bfloat16 numbers 256 and 258."""
     tensors = weights() | {Q: torch.full((20, 10), 256.0).bfloat16()}
     base, tuned = save(tmp_path / "base", tensors), adapter(tmp_path / "adapter", alpha_pattern={"q_proj": 3})
-    assert Versions([str(base), str(tuned)]).tensors(Q)[1][4].tolist() == [258.0] * 10
-    (_, after) = Versions([str(base), str(tuned)], dtype=torch.float32).tensors(Q)
+    assert open_versions([str(base), str(tuned)]).tensors(Q)[1][4].tolist() == [258.0] * 10
+    (_, after) = open_versions([str(base), str(tuned)], dtype=torch.float32).tensors(Q)
     assert after.dtype == torch.float32 and after[4].tolist() == [257.5] * 10 and after[5].tolist() == [256.0] * 10
 
 
@@ -370,7 +370,7 @@ def test_what_is_no_plain_adapter_of_the_base_is_refused_by_name(
 
 def test_an_adapter_is_no_model(planted: tuple[Path, Path], tmp_path: Path) -> None:
     tuned = adapter(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="adapter is a LoRA adapter, which is an update and no model"):
+    with pytest.raises(ValueError, match="adapter is a LoRA adapter, an update and no model"):
         rows_of(tuned, planted[0])
     (tuned / "adapter_model.safetensors").rename(tuned / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter has no adapter_model.safetensors: .*safe_serialization"):

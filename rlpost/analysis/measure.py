@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.analysis.stored import Versions
+from rlpost.analysis.stored import open_versions
 from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import (
     RELATIVE,
@@ -111,9 +111,9 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
         spectra: ranks and geometry too, which take decompositions.
 
     Raises:
-        ValueError: as `stored.Versions`; or naming a weight that is not finite.
+        ValueError: as `stored.open_versions`; or naming a weight that is not finite.
     """
-    versions = Versions([before, *after], dtype=dtype)
+    versions = open_versions([before, *after], dtype=dtype)
     rows: list[list[WeightRow]] = [[] for _ in after]
     pictures: list[dict[str, Tensor]] = [{} for _ in after]
     pairs = list(itertools.combinations(range(len(after)), 2))

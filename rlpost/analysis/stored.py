@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,26 @@ class StoredVersion(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def tensor(self, name: str) -> Tensor: ...
+
+
+class HeldVersion:
+    """A version whole in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 class ArchivedVersion:
@@ -107,6 +127,20 @@ def open_version(where: str, *, base: StoredVersion | None = None, dtype: torch.
     return open_version(str(local), base=base, dtype=dtype)
 
 
+def open_versions(places: Sequence[str], *, dtype: torch.dtype | None = None) -> Versions:
+    """
+    Args:
+        places: as `open_version` takes them; an adapter changes the first.
+        dtype: what all weights are rounded to; None: they are compared as stored.
+
+    Raises:
+        ValueError: as `open_version` and `Versions`.
+    """
+    first = open_version(places[0], dtype=dtype)
+    rest = [open_version(where, base=first, dtype=dtype) for where in places[1:]]
+    return Versions(places, [first, *rest], dtype=dtype)
+
+
 class Versions:
     """Versions of one model: the weights that all have, read together, one of each at a time.
 
@@ -115,18 +149,18 @@ class Versions:
     compared, and of weights that are integers everywhere none. The notes say so.
     """
 
-    def __init__(self, places: Sequence[str], *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, places: Sequence[str], stored: Sequence[StoredVersion], *, dtype: torch.dtype | None = None
+    ) -> None:
         """
         Args:
-            places: as `open_version` takes them; an adapter changes the first.
+            places: what errors call them.
             dtype: what all weights are rounded to; None: they are compared as stored.
 
         Raises:
-            ValueError: as `open_version`; or naming the weight that not all have, in one shape and one dtype.
+            ValueError: naming the weight that not all have, in one shape and one dtype.
         """
-        first = open_version(places[0], dtype=dtype)
-        self._places, self._dtype = places, dtype
-        self._stored = [first, *(open_version(where, base=first, dtype=dtype) for where in places[1:])]
+        self._places, self._stored, self._dtype = places, stored, dtype
         self.notes: list[list[str]] = [[] for _ in places]
         """Of each version: where it is not compared with the first as it stands."""
         self._rows: dict[str, int] = {}
@@ -255,9 +289,8 @@ def _embedding(names: Iterable[str]) -> str | None:
 
 def _adapter(path: Path, base: StoredVersion | None, dtype: torch.dtype | None) -> StoredVersion:
     if base is None:
-        trained_on = "the model it was trained on"
         raise ValueError(
-            f"{path} is a LoRA adapter, which is an update and no model: give {trained_on} first, and it after that"
+            f"{path} is a LoRA adapter, an update and no model: give the model it was trained on first, and it after that"
         )
     return MergedAdapter(path, base, dtype)
 
