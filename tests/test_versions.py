@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from rlpost import cli
 from rlpost.analysis import stored
 from rlpost.analysis.adapter import MergedAdapter
 from rlpost.analysis.measure import WeightRow, analyze
@@ -246,6 +247,18 @@ def test_a_weight_that_only_one_has_is_named_with_what_it_may_be_called(
     renamed = {name.replace("q_proj", "query_proj"): tensor for name, tensor in weights().items()}
     with pytest.raises(ValueError, match=r"q_proj.weight is only in .*before .*/renamed is .*query_proj.weight"):
         rows_of(planted[0], save(tmp_path / "renamed", renamed))
+
+
+def test_the_command_says_what_is_not_compared_as_it_stands(
+    planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(planted[1] / "model.safetensors")
+    after = save(tmp_path / "after-all", tensors | {HEAD: tensors[EMBEDDING]})
+    out = tmp_path / "figures.json"
+    assert cli.main(["analyze", str(planted[0]), str(after), "-o", str(out)]) == 0
+    note = f"{HEAD} is the embedding in all of them, and counts once"
+    assert note in capsys.readouterr().out.replace("\n", " ")
+    assert json.loads(out.read_text())["updates"][str(after)]["notes"] == [note]
 
 
 def test_integer_buffers_are_left_out_and_quantized_weights_refused(planted: tuple[Path, Path], tmp_path: Path) -> None:

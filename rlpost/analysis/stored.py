@@ -245,10 +245,10 @@ class Versions:
                 continue
             name = lonely[0]
             here, there = (0, index) if name in named[0] else (index, 0)
-            near = _nearest(name, named[there])
+            near = difflib.get_close_matches(name, sorted(named[there]), n=1)
             raise ValueError(
                 f"{name} is only in {self._places[here]} ({len(lonely)} such weights): compare two versions of one model"
-                + (f". The nearest in {self._places[there]} is {near}" if near else "")
+                + (f". The nearest in {self._places[there]} is {near[0]}" if near else "")
             )
 
     def _check_dtypes(self, name: str) -> None:
@@ -301,14 +301,6 @@ def _last_export(run: Path) -> Path:
         raise ValueError(f"{run} has not exported a model yet: give a version of its archive as {run}@N")
     # Where the run's directory is now: it may have been moved.
     return run / "exports" / exports[-1]
-
-
-def _nearest(name: str, names: set[str]) -> str | None:
-    """What it may be called there: the same behind or without a prefix, or else what is spelled alike."""
-    for other in sorted(names):
-        if other.endswith(f".{name}") or name.endswith(f".{other}"):
-            return other
-    return next(iter(difflib.get_close_matches(name, sorted(names), n=1)), None)
 
 
 def _name(dtype: torch.dtype) -> str:
