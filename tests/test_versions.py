@@ -26,8 +26,11 @@ from rlpost.analysis.stored import open_version, open_versions
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import diff
 from rlpost.core.weights import bits
-from rlpost.engines.pretrained import StoredTensors
+from rlpost.engines.lora import LoraSpec
+from rlpost.engines.plain_learner import PlainLearner
+from rlpost.engines.pretrained import StoredTensors, save_pretrained
 from rlpost.types import WeightImage
+from tests.engines.learner_jobs import SPEC, stir
 
 EMBEDDING, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.3.self_attn.q_proj.weight"
 
@@ -313,6 +316,22 @@ def test_an_adapter_is_the_model_that_peft_merges(name: str, tiny_model: Path, t
         rank = settings.get("rank_pattern", {}).get(weight.split(".")[-2], 3) if weight in changed else 0
         assert row.spectrum is None or row.spectrum.ranks.numerical == rank
     assert rows_of(base, tmp_path / "adapter" / "adapter_model.safetensors") == rows_of(base, tmp_path / "adapter")
+
+
+def test_an_exported_adapter_over_its_base_is_the_exported_model(tiny_model: Path, tmp_path: Path) -> None:
+    """To the bit, in float32, though the base is stored in bfloat16."""
+    learner = PlainLearner(tiny_model, serve_dtype=torch.float32, lora=LoraSpec(rank=4, alpha=8.0, rslora=True))
+    learner.begin_stage(SPEC)
+    stir(learner)
+    save_pretrained(learner.weights(), tiny_model, tmp_path / "export", learner.adapter())
+    versions = open_versions(
+        [str(tiny_model), str(tmp_path / "export"), str(tmp_path / "export" / "adapter")], dtype=torch.float32
+    )
+    assert any("q_proj" in name for name in versions.names)
+    for name in versions.names:
+        base, export, merged = versions.tensors(name)
+        assert torch.equal(export, merged)
+        assert torch.equal(base, merged) != ("_proj." in name)
 
 
 def adapter(path: Path, *, without: str = "", tensors: Mapping[str, Tensor] | None = None, **config: Any) -> Path:

@@ -193,8 +193,9 @@ def downloaded(name: str, *, revision: str | None = None, ignore: list[str], onl
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=only, ignore_patterns=ignore))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"it could not be downloaded ({type(error).__name__}: {error}). Check the name and the network; an interrupted"
+            f"it could not be downloaded ({type(error).__name__}: {reason}). Check the name and the network; an interrupted"
             " download continues when you run the command again"
         ) from error
 
