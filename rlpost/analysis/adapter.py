@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlpost.core.weights import merged
+from rlpost.core.weights import merged_weight
 from rlpost.engines.pretrained import StoredTensors, check_weights, read_json
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class MergedAdapter:
         module = self._modules[name]
         A_RN, B_MR = (self._stored.tensor(_key(module, matrix)) for matrix in "AB")
         turned = self._config.get("fan_in_fan_out", False)
-        whole_MN = merged(base.T if turned else base, A_RN, B_MR, self._scale(module, len(A_RN)))
+        whole_MN = merged_weight(base.T if turned else base, A_RN, B_MR, self._scale(module, len(A_RN)))
         return (whole_MN.T if turned else whole_MN).to(self._dtype or base.dtype)
 
     def _scale(self, module: str, rank: int) -> float:

@@ -47,7 +47,7 @@ def unchanged_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     return unchanged / sum(tensor.numel() for tensor in after.values())
 
 
-def merged(base_MN: Tensor, A_RN: Tensor, B_MR: Tensor, scale: float) -> Tensor:
+def merged_weight(base_MN: Tensor, A_RN: Tensor, B_MR: Tensor, scale: float) -> Tensor:
     """W + s B A in float32: the weight that a LoRA adapter makes of W. https://arxiv.org/abs/2106.09685, section 4.1."""
     return base_MN.float() + scale * (B_MR.float() @ A_RN.float())
 
