@@ -26,7 +26,7 @@ ALLOWED = {
     "plan": {"config", "engines", "memory"},
     "recipe": {"config"},
     "exit_codes": set(),
-    "summary": {"core", "tracking"},
+    "summary": {"analysis", "core", "tracking"},
     "doctor": {"tracking"},
     "workers": {"types", "core", "config", "pipeline", "engines"},
     "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive", "analysis"},

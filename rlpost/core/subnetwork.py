@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -52,11 +53,19 @@ class RandomEntries:
     seed: int = 0
 
 
-Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntries(_Controlled):
+    """Those of a mask file, as `rlpost mask` writes one."""
+
+    path: str
+
+
+Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries | FileEntries
 SUBNETWORKS: Mapping[str, type[Subnetwork]] = {
     "update": UpdatedEntries,
     "principal": PrincipalEntries,
     "random": RandomEntries,
+    "file": FileEntries,
 }
 """By their names in a recipe."""
 
@@ -107,6 +116,17 @@ def with_control(mask: Tensor, control: Control | None, *, seed: int, name: str)
     if control == "random":
         return random_mask(mask.shape, count=int(mask.sum()), seed=seed, name=name)
     return complement_mask(mask, seed=seed, name=name) if control == "complement" else mask
+
+
+def packed(mask: Tensor) -> Tensor:
+    """uint8 [ceil(entries / 8)]: entry i, in row-major order, is bit i % 8 of byte i // 8, counted from the lowest."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpacked(data: Tensor, shape: torch.Size) -> Tensor:
+    """The mask of `packed`."""
+    flat = np.unpackbits(data.numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(flat).view(torch.bool).view(shape)
 
 
 def coverage(masks: Mapping[str, Tensor]) -> Coverage:
