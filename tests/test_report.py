@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analysis.figures import figures, svg, write_figures
+from rlpost.analysis.figures import figures
 from rlpost.analysis.measure import Analysis, analyze, by_kind, by_layer, plain, pool
 from rlpost.analysis.names import short_names
 from rlpost.analysis.output import flat_table, write_analysis
 from rlpost.analysis.report import render_report, write_report
+from rlpost.analysis.style import svg, write_figures
 
 HOSTILE = "<script>alert('$x$')</script>&"
 HISTORY = [

@@ -12,9 +12,10 @@ import jinja2
 from markupsafe import Markup
 
 from rlpost import __version__
-from rlpost.analysis.figures import History, figures, power, svg
+from rlpost.analysis.figures import History, figures
 from rlpost.analysis.measure import TOP, Analysis, Pooled, Update, WeightRow, by_kind, by_layer, pool
 from rlpost.analysis.names import printable, short_names
+from rlpost.analysis.style import power, svg
 from rlpost.core.overlap import NUM_BINS
 from rlpost.core.sparsity import RELATIVE
 
