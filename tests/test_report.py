@@ -102,7 +102,7 @@ class Tables(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def with_heading(self, first: str, column: str) -> list[list[list[str]]]:
         """Tables whose first column has that heading, and which have that column."""

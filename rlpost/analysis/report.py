@@ -88,7 +88,7 @@ def _template() -> jinja2.Template:
 
 
 def _percent(share: float | None, digits: int = 2) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+    return "" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _points(share: float) -> str:

@@ -141,7 +141,9 @@ def power(value: float) -> str:
 
 def legend(figure: Figure, handles: Sequence[Any]) -> None:
     """Above the panels, in as many columns as there is room for."""
-    pixels = 48 + 6.6 * max(len(handle.get_label()) for handle in handles) if handles else 1
-    columns = max(1, min(len(handles), int(96 * WIDTH / pixels)))
+    if not handles:  # spectra of an update that changed nothing
+        return
+    pixels = [48 + 6.6 * len(handle.get_label()) for handle in handles]
+    columns = len(handles) if sum(pixels) <= 96 * WIDTH else max(1, int(96 * WIDTH / max(pixels)))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handletextpad=0.4, columnspacing=1.4)
     figure.set_figheight(figure.get_figheight() + 0.19 * (math.ceil(len(handles) / columns) - 1))
