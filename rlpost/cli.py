@@ -193,7 +193,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     for path in arguments.output:
         write_analysis(path, analysis)
     if arguments.figures is not None:
-        from rlpost.analysis.figures import figures, write_figures
+        from rlpost.analysis.figures import figures
+        from rlpost.analysis.style import write_figures
 
         write_figures(figures(analysis), arguments.figures)
     return 0

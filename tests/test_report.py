@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analysis.figures import figures, svg, write_figures
+from rlpost.analysis.figures import figures
 from rlpost.analysis.measure import Analysis, analyze, by_kind, by_layer, plain, pool
 from rlpost.analysis.names import short_names
 from rlpost.analysis.output import flat_table, write_analysis
 from rlpost.analysis.report import render_report, write_report
+from rlpost.analysis.style import svg, write_figures
 
 HOSTILE = "<script>alert('$x$')</script>&"
 HISTORY = [
@@ -101,7 +102,7 @@ class Tables(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def with_heading(self, first: str, column: str) -> list[list[list[str]]]:
         """Tables whose first column has that heading, and which have that column."""

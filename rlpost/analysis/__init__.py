@@ -2,7 +2,7 @@
 
     stored.py   versions, wherever they lie     measure.py   one pass over them: rows, and what updates share
     adapter.py  one of them: base and LoRA      mask.py      the entries that an update changed, as a file
-    tables.py   for a terminal                  figures.py   for a page or a paper
+    tables.py   for a terminal                  figures.py   for a page or a paper, in one style.py
     report.py   a page of HTML                  output.py    which file gets what
     live.py     a run watched while it trains
 
