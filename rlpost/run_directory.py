@@ -1,7 +1,7 @@
 """The run directory before and when a run begins: free, claimed or to be continued, and the model it starts from.
 
-run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  rollouts.jsonl  events.jsonl  logs/  checkpoints/
-          exports/<stage>/  versions/  summary.json  wandb/
+run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  analysis.jsonl  rollouts.jsonl  events.jsonl  logs/
+          checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  summary.json  wandb/
 """
 
 from __future__ import annotations
