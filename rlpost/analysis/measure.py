@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlpost.analysis.stored import StoredVersion, open_versions
+from rlpost.analysis.stored import Versions, open_versions
 from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import (
     RELATIVE,
@@ -78,6 +79,8 @@ class Update:
     after: str
     """Where that lies, as it was given."""
     rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...]
+    """What is not compared as it stands; see `stored.Versions`."""
     pictures: Mapping[str, Tensor]
     """`core.sparsity.changed_grid` of the matrices of the layer in the middle of the model."""
 
@@ -100,6 +103,45 @@ class Analysis:
     comparisons: tuple[Comparison, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untouched:
+    """Shares of the rows and columns of matrices without a changed entry."""
+
+    rows: float
+    columns: float
+    chance_rows: float
+    """The same if as many entries of each matrix were changed, evenly spread: (unchanged share) ^ (entries of a row)."""
+    chance_columns: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanSpectrum:
+    """Of several matrices, each counting alike."""
+
+    num_matrices: int
+    numerical: float
+    """Ranks here are shares of the most there could be."""
+    entropy: float
+    energy_90: float
+    shift: float | None
+    smallest_cosine: float
+    """The smallest of any of them."""
+    intruders: int
+    """In all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """Several weights, such as those of a kind or of a layer."""
+
+    num_weights: int
+    sparsity: Sparsity
+    untouched: Untouched | None
+    """None without a matrix."""
+    spectrum: MeanSpectrum | None
+    """None without a matrix that was decomposed."""
+
+
 def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, spectra: bool = False) -> Analysis:
     """Every weight of the versions; of those in files, one weight of each is in memory at a time.
 
@@ -109,23 +151,31 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
         spectra: ranks and geometry too, which take decompositions.
 
     Raises:
-        ValueError: when a version has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
-            it is not finite.
+        ValueError: as `stored.open_versions`; or naming a weight that is not finite.
     """
-    old, *tuned = open_versions([before, *after])
-    rows: list[list[WeightRow]] = [[] for _ in tuned]
-    pictures: list[dict[str, Tensor]] = [{} for _ in tuned]
-    pairs = list(itertools.combinations(range(len(tuned)), 2))
+    return measure(open_versions([before, *after], dtype=dtype), spectra=spectra)
+
+
+def measure(versions: Versions, *, spectra: bool = False, largest: int | None = None) -> Analysis:
+    """As `analyze`, of opened versions.
+
+    Args:
+        largest: matrices with more singular values are not decomposed; None: all are, if `spectra`.
+    """
+    before, *after = versions.places
+    rows: list[list[WeightRow]] = [[] for _ in after]
+    pictures: list[dict[str, Tensor]] = [{} for _ in after]
+    pairs = list(itertools.combinations(range(len(after)), 2))
     shared: list[dict[str, list[Overlap]]] = [{} for _ in pairs]
-    pictured = _middle_layer(old.names)
-    for name in old.names:
-        base, *others = (_read(version, name, dtype) for version in (old, *tuned))
+    pictured = _middle_layer(versions.names)
+    for name in versions.names:
+        base, *others = versions.tensors(name)
         for index, other in enumerate(others):
             try:
-                rows[index].append(weigh(name, base, other, spectra=spectra))
+                small = largest is None or min(base.shape, default=0) <= largest
+                rows[index].append(weigh(name, base, other, spectra=spectra and small))
             except ValueError as error:
-                remedy = ". Give the dtype to compare them in (--dtype)" if base.dtype != other.dtype else ""
-                raise ValueError(f"{before} and {after[index]}: {name}: {error}{remedy}") from error
+                raise ValueError(f"{before} and {after[index]}: {name}: {error}") from error
             if name in pictured and base.ndim == 2:
                 pictures[index][name] = changed_grid(base, other)
         for kinds, (first, second) in zip(shared, pairs, strict=True):
@@ -133,8 +183,8 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
     return Analysis(
         before=before,
         updates=tuple(
-            Update(after=where, rows=tuple(found), pictures=drawn)
-            for where, found, drawn in zip(after, rows, pictures, strict=True)
+            Update(after=where, rows=tuple(found), notes=tuple(notes), pictures=drawn)
+            for where, found, notes, drawn in zip(after, rows, versions.notes[1:], pictures, strict=True)
         ),
         comparisons=tuple(
             Comparison(first=after[first], second=after[second], kinds=_pooled_kinds(kinds))
@@ -169,6 +219,21 @@ def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
     return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
 
 
+def by_layer(rows: Sequence[WeightRow]) -> dict[int, list[WeightRow]]:
+    """The rows of each layer, in order; those of no layer are left out."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    return {layer: [row for row in rows if row.layer == layer] for layer in layers}
+
+
+def pool(rows: Sequence[WeightRow]) -> Pooled:
+    return Pooled(
+        num_weights=len(rows),
+        sparsity=pooled(row.sparsity for row in rows),
+        untouched=_untouched([row for row in rows if row.untouched_rows is not None]),
+        spectrum=_mean_spectrum([row.spectrum for row in rows if row.spectrum is not None and row.spectrum.ranks.full]),
+    )
+
+
 def plain(analysis: Analysis) -> dict[str, Any]:
     """Every figure as plain data, for JSON: of each update pooled by kind and of each weight, and the comparisons."""
     return {
@@ -177,6 +242,7 @@ def plain(analysis: Analysis) -> dict[str, Any]:
         "relative": RELATIVE,
         "updates": {
             update.after: {
+                "notes": update.notes,
                 "kinds": {k: _plain(pooled(row.sparsity for row in rows)) for k, rows in by_kind(update.rows).items()},
                 "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in update.rows],
             }
@@ -184,11 +250,6 @@ def plain(analysis: Analysis) -> dict[str, Any]:
         },
         "overlaps": [asdict(comparison) for comparison in analysis.comparisons],
     }
-
-
-def _read(version: StoredVersion, name: str, dtype: torch.dtype | None) -> Tensor:
-    tensor = version.tensor(name)
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _middle_layer(names: Sequence[str]) -> set[str]:
@@ -213,6 +274,33 @@ def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
         shift=spectral_shift(old, new),
         smallest_cosine=float(principal_cosines(old, new, TOP)[-1]),
         intruders=intruder_dimensions(old, new, k=TOP),
+    )
+
+
+def _untouched(matrices: Sequence[WeightRow]) -> Untouched | None:
+    if not matrices:
+        return None
+    num_rows, num_columns = (sum(row.shape[axis] for row in matrices) for axis in (0, 1))
+    return Untouched(
+        rows=sum(row.untouched_rows or 0 for row in matrices) / num_rows,
+        columns=sum(row.untouched_columns or 0 for row in matrices) / num_columns,
+        chance_rows=sum(row.shape[0] * row.sparsity.unchanged ** row.shape[1] for row in matrices) / num_rows,
+        chance_columns=sum(row.shape[1] * row.sparsity.unchanged ** row.shape[0] for row in matrices) / num_columns,
+    )
+
+
+def _mean_spectrum(spectra: Sequence[Spectrum]) -> MeanSpectrum | None:
+    if not spectra:
+        return None
+    shifts = [spectrum.shift for spectrum in spectra if spectrum.shift is not None]
+    return MeanSpectrum(
+        num_matrices=len(spectra),
+        numerical=fmean(s.ranks.numerical / s.ranks.full for s in spectra),
+        entropy=fmean(s.ranks.entropy / s.ranks.full for s in spectra),
+        energy_90=fmean(s.ranks.energy_90 / s.ranks.full for s in spectra),
+        shift=fmean(shifts) if shifts else None,
+        smallest_cosine=min(s.smallest_cosine for s in spectra),
+        intruders=sum(s.intruders for s in spectra),
     )
 
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rlpost.analysis.measure import Comparison, Spectrum, WeightRow, by_kind
-from rlpost.core.sparsity import pooled
+from rlpost.analysis.measure import Comparison, MeanSpectrum, WeightRow, by_kind, by_layer, pool
+from rlpost.core.sparsity import Sparsity
+
+ENTRY_COLUMNS = ("unchanged", "predicted", "<= 1e-5", "rms update")
+RANK_COLUMNS = ("rank", "entropy rank", "energy-90 rank")
 
 
 def render(rows: Sequence[WeightRow]) -> Group:
-    """A line per kind of weight, entries pooled, ranks as the mean of its matrices'."""
-    entries = _table("update, by entry", ["weights", "entries", "unchanged", "predicted", "<= 1e-5", "rms update"])
-    spectra = _table("update, by direction", ["rank", "entropy rank", "energy-90 rank", "spectral shift", "intruders"])
+    """A line per kind of weight and then per layer: entries pooled, ranks as the mean of its matrices'."""
+    entries = _table("update, by entry", ["weights", "entries", *ENTRY_COLUMNS])
+    spectra = _table("update, by direction", [*RANK_COLUMNS, "spectral shift", "intruders"])
     for kind, of_kind in by_kind(rows).items():
         if kind == "all":
             entries.add_section()
             spectra.add_section()
-        entries.add_row(kind, *_entry_cells(of_kind))
-        if found := [row.spectrum for row in of_kind if row.spectrum is not None and row.spectrum.ranks.full]:
-            spectra.add_row(kind, *_spectrum_cells(found))
-    return Group(*(table for table in (entries, spectra) if table.row_count))
+        found = pool(of_kind)
+        entries.add_row(kind, str(found.num_weights), f"{found.sparsity.numel:,}", *_entry_cells(found.sparsity))
+        if found.spectrum is not None:
+            shift = "" if found.spectrum.shift is None else f"{found.spectrum.shift:.1e}"
+            spectra.add_row(kind, *_rank_cells(found.spectrum), shift, str(found.spectrum.intruders))
+    return Group(*(table for table in (entries, spectra, _layers(rows)) if table.row_count))
 
 
 def render_comparison(comparison: Comparison) -> Table:
@@ -41,6 +45,16 @@ def render_comparison(comparison: Comparison) -> Table:
     return table
 
 
+def _layers(rows: Sequence[WeightRow]) -> Table:
+    layers = {layer: pool(of_layer) for layer, of_layer in by_layer(rows).items()}
+    decomposed = any(found.spectrum is not None for found in layers.values())
+    table = _table("update, by layer", [*ENTRY_COLUMNS, *(RANK_COLUMNS[:2] if decomposed else ())])
+    for layer, found in layers.items():
+        ranks = [] if found.spectrum is None else _rank_cells(found.spectrum)[:2]
+        table.add_row(str(layer), *_entry_cells(found.sparsity), *ranks)
+    return table
+
+
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column in ("", *columns):
@@ -48,24 +62,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _entry_cells(rows: Sequence[WeightRow]) -> list[str]:
-    total = pooled(row.sparsity for row in rows)
+def _entry_cells(total: Sparsity) -> list[str]:
     shares = (total.bit_equal, total.predicted, total.within[1e-5])
-    return [
-        str(len(rows)),
-        f"{total.numel:,}",
-        *(f"{100 * total.share(count):.2f} %" for count in shares),
-        f"{total.rms_update:.2e}",
-    ]
+    return [*(f"{100 * total.share(count):.2f} %" for count in shares), f"{total.rms_update:.2e}"]
 
 
-def _spectrum_cells(spectra: Sequence[Spectrum]) -> list[str]:
-    shifts = [s.shift for s in spectra if s.shift is not None]
-    shares = (
-        fmean(getattr(s.ranks, key) / s.ranks.full for s in spectra) for key in ("numerical", "entropy", "energy_90")
-    )
-    return [
-        *(f"{100 * share:.1f} %" for share in shares),
-        f"{fmean(shifts):.1e}" if shifts else "",
-        str(sum(s.intruders for s in spectra)),
-    ]
+def _rank_cells(spectrum: MeanSpectrum) -> list[str]:
+    return [f"{100 * share:.1f} %" for share in (spectrum.numerical, spectrum.entropy, spectrum.energy_90)]

@@ -122,7 +122,7 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, **RunSettings)"""
+    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, observer=None, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
@@ -136,6 +136,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         load_from: Path | None = None,
         publish_changes: bool = True,
         archive: Any = None,
+        observer: Any = None,
         **settings: Any,
     ) -> Run:
         torch.manual_seed(0)
@@ -154,6 +155,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             run_settings,
             eval_sets=eval_sets,
             archive=archive,
+            observer=observer,
             start=start,
             load_from=load_from,
         )
