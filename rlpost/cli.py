@@ -77,6 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what differs once rounded to it has changed: the one samplers serve (default: bfloat16)",
     )
 
+    dampen = commands.add_parser("dampen", help="scale down a tuned model's intruder dimensions, against forgetting")
+    dampen.add_argument("before", help="what the model was tuned from; as for analyze")
+    dampen.add_argument("after", type=Path, help="a model directory")
+    dampen.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+    dampen.add_argument("--scale", type=float, default=0.7, help="of their singular values (default: 0.7)")
+    dampen.add_argument("--top", type=int, default=10, metavar="K", help="of so many leading directions (default: 10)")
+    dampen.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.5,
+        help="an intruder's cosine with any direction before is below (default: 0.5)",
+    )
+
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
@@ -105,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _analyze(arguments)
         if arguments.command == "mask":
             return _mask(arguments)
+        if arguments.command == "dampen":
+            return _dampen(arguments)
         if arguments.command == "diff":
             return _diff(arguments)
         if arguments.command == "patch":
@@ -225,6 +240,22 @@ def _mask(arguments: argparse.Namespace) -> int:
     touched = sum(bool(count) for count, _ in chosen.values())
     sys.stdout.write(
         f"{arguments.output}: {count:,} of {total:,} entries ({count / total:.2%}), in {touched} of {len(chosen)} weights\n"
+    )
+    return 0
+
+
+def _dampen(arguments: argparse.Namespace) -> int:
+    from rlpost.analysis.dampen import dampen
+
+    options = {"scale": arguments.scale, "k": arguments.top, "epsilon": arguments.epsilon}
+    try:
+        found = dampen(arguments.before, arguments.after, arguments.output, **options)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    num_matrices = sum(map(bool, found.values()))
+    sys.stdout.write(
+        f"{arguments.output}: {sum(found.values())} intruder dimensions in {num_matrices} of {len(found)} matrices, scaled to"
+        f" {arguments.scale:g}\n"
     )
     return 0
 
