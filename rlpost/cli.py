@@ -13,6 +13,11 @@ from typing import NoReturn
 
 from rlpost import __version__, exit_codes
 
+VERSION = (
+    "a model directory, a safetensors file or index, a run's directory (what it exported last), RUN@N (version N of a run's"
+    " archive), or org/name[@revision] on the Hugging Face hub"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rlpost`; returns the exit code."""
@@ -38,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     analyze = commands.add_parser(
         "analyze", help="measure how sparse and of what rank the update between two models is"
     )
-    analyze.add_argument("before", help="a model directory, or RUN@N: version N of a run's archive")
-    analyze.add_argument("after", nargs="+", help="the same; several are also compared with each other")
+    analyze.add_argument("before", help=VERSION)
+    analyze.add_argument(
+        "after", nargs="+", help="the same, or a LoRA adapter; several are also compared with each other"
+    )
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
     analyze.add_argument(
@@ -47,6 +54,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write every figure of every weight: .html is a report, .json, .csv or .parquet its data; may be repeated",
     )  # fmt: skip
     analyze.add_argument("--figures", type=Path, metavar="DIRECTORY", help="write the report's figures as PNG and SVG")
+
+    mask = commands.add_parser(
+        "mask", help="write the subnetwork that an update is, or a control of its size, to a file"
+    )
+    mask.add_argument("before", help=VERSION)
+    mask.add_argument("after", help="the same, or a LoRA adapter")
+    mask.add_argument("-o", "--output", type=Path, required=True, metavar="MASK")
+    selected = mask.add_mutually_exclusive_group()
+    selected.add_argument(
+        "--principal",
+        type=int,
+        metavar="RANK",
+        help="instead: of each matrix, the largest in its approximation of RANK",
+    )
+    selected.add_argument("--low-magnitude", action="store_true", help="instead: the smallest weights of BEFORE")
+    mask.add_argument("--density", type=float, help="share of each weight, for these; else what the update has of it")
+    control = mask.add_mutually_exclusive_group()
+    control.add_argument("--random", action="store_true", help="as many entries of each weight, chosen at random")
+    control.add_argument("--complement", action="store_true", help="as many, chosen at random from those left out")
+    mask.add_argument("--seed", type=int, default=0, help="of the control")
+    mask.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="what differs once rounded to it has changed: the one samplers serve (default: bfloat16)",
+    )
 
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
@@ -76,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _summary(arguments.run_dir)
         if arguments.command == "analyze":
             return _analyze(arguments)
+        if arguments.command == "mask":
+            return _mask(arguments)
         if arguments.command == "diff":
             return _diff(arguments)
         if arguments.command == "patch":
@@ -177,14 +212,46 @@ def _analyze(arguments: argparse.Namespace) -> int:
     for update in analysis.updates:
         console.print(f"{analysis.before} -> {update.after}", markup=False)
         console.print(render(update.rows))
+        for note in update.notes:
+            console.print(note, markup=False)
     for comparison in analysis.comparisons:
         console.print(render_comparison(comparison))
     for path in arguments.output:
         write_analysis(path, analysis)
     if arguments.figures is not None:
-        from rlpost.analysis.figures import figures, write_figures
+        from rlpost.analysis.figures import figures
+        from rlpost.analysis.style import write_figures
 
         write_figures(figures(analysis), arguments.figures)
+    return 0
+
+
+def _mask(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from rlpost.analysis.mask import Selection, write_mask
+
+    try:
+        selection = Selection(
+            select="principal"
+            if arguments.principal is not None
+            else "low_magnitude"
+            if arguments.low_magnitude
+            else "update",
+            rank=arguments.principal,
+            density=arguments.density,
+            control="random" if arguments.random else "complement" if arguments.complement else None,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype),
+        )
+        chosen = write_mask(arguments.before, arguments.after, arguments.output, selection)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    count, total = (sum(counts) for counts in zip(*chosen.values(), strict=True))
+    touched = sum(bool(count) for count, _ in chosen.values())
+    sys.stdout.write(
+        f"{arguments.output}: {count:,} of {total:,} entries ({count / total:.2%}), in {touched} of {len(chosen)} weights\n"
+    )
     return 0
 
 

@@ -542,6 +542,8 @@ class UpdatedEntries(Table):
     select: Literal["update"]
     before: str
     after: str
+    dtype: Dtype | None = None
+    """In which the two are compared; None: the one that samplers serve."""
     control: Literal["random", "complement"] | None = None
     """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
     seed: int = 0
@@ -569,7 +571,20 @@ class RandomEntries(Table):
     seed: int = 0
 
 
-SubnetworkConfig = Annotated[UpdatedEntries | PrincipalEntries | RandomEntries, Field(discriminator="select")]
+class FileEntries(Table):
+    """Entries that a file lists, as `rlpost mask` writes one."""
+
+    select: Literal["file"]
+    path: str
+    control: Literal["random", "complement"] | None = None
+    """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
+    seed: int = 0
+    """Of the control."""
+
+
+SubnetworkConfig = Annotated[
+    UpdatedEntries | PrincipalEntries | RandomEntries | FileEntries, Field(discriminator="select")
+]
 
 
 class StageConfig(Table):

@@ -87,8 +87,8 @@ def test_identical_directories_are_unchanged_everywhere(planted: tuple[Path, Pat
 def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = save(tmp_path / "before", weights())
     cases = {
-        "dtype": (weights() | {Q: weights()[Q].float()}, rf"{Q}: .*\(--dtype\)"),
-        "shape": (weights() | {UP: torch.zeros(31, 20).bfloat16()}, rf"{UP}: .*\(30, 20\).*\(31, 20\)"),
+        "dtype": (weights() | {Q: weights()[Q].float()}, rf"{Q} is .*\(--dtype\)"),
+        "shape": (weights() | {UP: torch.zeros(31, 20).bfloat16()}, rf"{UP} is \(30, 20\) in .*\(31, 20\)"),
         "lonely": (weights() | {"extra": torch.zeros(2)}, r"extra is only in .*lonely \(1 such"),
         "nan": (weights() | {NORM: torch.full((20,), torch.nan).bfloat16()}, rf"{NORM}: .*not finite"),
     }

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analysis.figures import figures, svg, write_figures
+from rlpost.analysis.figures import figures
 from rlpost.analysis.measure import Analysis, analyze, by_kind, by_layer, plain, pool
 from rlpost.analysis.names import short_names
 from rlpost.analysis.output import flat_table, write_analysis
 from rlpost.analysis.report import render_report, write_report
+from rlpost.analysis.style import svg, write_figures
 
 HOSTILE = "<script>alert('$x$')</script>&"
 HISTORY = [
@@ -101,7 +102,7 @@ class Tables(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def with_heading(self, first: str, column: str) -> list[list[list[str]]]:
         """Tables whose first column has that heading, and which have that column."""
@@ -304,6 +305,7 @@ def test_thirty_two_layers_fit_a_terminal(tmp_path: Path, capsys: pytest.Capture
     lines = text.split("update, by layer")[1].splitlines()[2:]
     assert [line.split()[:2] for line in lines] == [[str(layer), "75.00"] for layer in range(32)]
     assert max(map(len, text.split("update, by entry")[1].splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text, "no column was cut"
 
 
 def test_short_names_are_as_long_as_it_takes() -> None:

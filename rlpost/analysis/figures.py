@@ -1,91 +1,52 @@
-"""An analysis as matplotlib figures, by the names that their files have; nothing is read or written but by `write_figures`.
-
-Equal analyses give equal bytes. No figure goes through pyplot, whose list of open ones is the whole process's.
-"""
+"""An analysis as matplotlib figures, by the names that their files have; `style.py` has what is common to all of them."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from rlpost.analysis.measure import Analysis, Pooled, Update, WeightRow, by_kind, pool
 from rlpost.analysis.names import short_names
+from rlpost.analysis.style import (
+    BLUE,
+    EXPECTED,
+    GREEN,
+    INK,
+    KINDS,
+    MARKERS,
+    MASK,
+    MUTED,
+    OBSERVED,
+    RULE,
+    SEQUENTIAL,
+    UPDATES,
+    VERMILION,
+    WIDTH,
+    clip,
+    color_bar,
+    grid,
+    legend,
+    new_figure,
+    png,
+    power,
+    style,
+    trim,
+)
 from rlpost.core.sparsity import RELATIVE, TOLERANCES
 from rlpost.core.weights import in_model_order
 
 History = Sequence[Mapping[str, Any]]
 """Rows of a run's analysis.jsonl: step, stage, and shares unchanged, unchanged_since_start, ever_moved, returned."""
-
-WIDTH = 9.0
-"""Inches of every figure: 864 pixels of a page."""
-INK, MUTED, RULE = "#1d2430", "#66707f", "#d9dee5"
-# Wong's palette, which any colour vision tells apart.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-UPDATES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
-MARKERS = ("o", "s", "^", "v", "P", "X", "*")
-KINDS = {
-    "q": (BLUE, "-"),
-    "k": (SKY, "-"),
-    "v": (GREEN, "-"),
-    "o": ("#332288", "-"),
-    "gate": (VERMILION, "--"),
-    "up": (ORANGE, "--"),
-    "down": (PURPLE, "--"),
-    "embedding": (MUTED, ":"),
-    "head": (INK, ":"),
-}
-OBSERVED = {"marker": "o", "ls": "", "color": BLUE, "ms": 6}
-EXPECTED = {"marker": "D", "ls": "", "mfc": "white", "mec": VERMILION, "mew": 1.5, "ms": 7}
-SEQUENTIAL = LinearSegmentedColormap.from_list("share", ("#f3f7fb", "#a9cbe3", "#4f94c4", "#15609f", "#082c5c"))
-MASK = LinearSegmentedColormap.from_list("mask", ("#f6f7f9", "#8b93a0", "#10151d"))
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlpost",
-    "text.parse_math": False,  # paths may hold dollars
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": False,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-    "hatch.linewidth": 0.5,
-}
 
 
 def figures(analysis: Analysis, history: History = ()) -> dict[str, Figure]:
@@ -105,40 +66,12 @@ def figures(analysis: Analysis, history: History = ()) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write_figures(drawn: Mapping[str, Figure], directory: Path) -> None:
-    """NAME.svg and NAME.png, at 200 dots per inch, of each."""
-    directory.mkdir(exist_ok=True)
-    for name, figure in drawn.items():
-        (directory / f"{name}.svg").write_text(svg(figure), encoding="utf-8")
-        with style():
-            figure.savefig(directory / f"{name}.png", dpi=200, metadata={"Software": None})
-
-
 def heat_map(analysis: Analysis) -> bytes:
     """PNG of the unchanged entries by layer and kind."""
-    stream = io.BytesIO()
     with style():
         figure = _unchanged(analysis)
-        assert figure is not None
-        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})
-    return stream.getvalue()
-
-
-def svg(figure: Figure) -> str:
-    """One <svg> element, ready for a page as for a file; text stays text."""
-    stream = io.StringIO()
-    with style():
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    _, start, rest = stream.getvalue().partition("<svg ")
-    # Names of groups, which nothing refers to, recur in every figure of a page.
-    return start + re.sub(r'<g id="[^"]*"', "<g", rest)
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's matplotlibrc says."""
-    with matplotlib.style.context(["default", STYLE]):
-        yield
+    assert figure is not None
+    return png(figure)
 
 
 def _unchanged(analysis: Analysis) -> Figure | None:
@@ -173,19 +106,21 @@ def _by_layer_and_kind(
     found = {measure: maps for measure, maps in found.items() if any(maps)}
     if not found:
         return None
-    down, beside = _grid(len(names), widest=max(1, 90 // len(columns)))
+    several = len(names) > 1
+    down, beside = grid(len(names), widest=max(1, 90 // len(columns)))
     kinds = len(next(iter(found.values()))[0])
-    figure = _figure(len(found) * down * (0.62 + 0.235 * kinds) + 0.15)
+    figure = new_figure(len(found) * (down * (0.62 + 0.235 * kinds) + 0.25 * several) + 0.15)
     for part, (measure, maps) in zip(figure.subfigures(len(found), 1, squeeze=False).flat, found.items(), strict=True):
+        if several and of:
+            part.suptitle(measure, x=0.01, ha="left", size=9.5, weight="bold")
         axes = part.subplots(down, beside, squeeze=False, sharex=True, sharey=True)
         values = np.concatenate([list(kind_rows.values()) for kind_rows in maps], axis=None)
         scale = _scale(values[np.isfinite(values)])
         for ax, kind_rows, name in zip(axes.flat, maps, names, strict=False):
             _heat_map(ax, kind_rows, columns, scale, cell_inches=7.2 / beside / len(columns))
-            shown = _clip(name, 80 // beside)
-            ax.set_title(measure if len(names) == 1 else f"{measure}: {shown}" if of else shown)
-        _trim(axes, len(maps), "layer")
-        _color_bar(
+            ax.set_title(clip(name, 80 // beside) if several else measure)
+        trim(axes, len(maps), "layer")
+        color_bar(
             part, axes.flat[: len(maps)], ScalarMappable(scale, SEQUENTIAL), f"{measure}{of} (%)", aspect=14 * down
         )
     return figure
@@ -230,8 +165,9 @@ def _heat_map(
                     ax.text(center, row + 0.5, f"{share:.1f}", color=ink, size=8, ha="center", va="center")
     ax.set(xlim=(0, centers[-1] + 0.5), ylim=(len(kinds), 0))
     ax.set_yticks([row + 0.5 for row in range(len(kinds))], list(kinds))
-    every = math.ceil(len(columns) * 0.24 / (cell_inches * len(columns)))
-    shown = [index for index, column in enumerate(columns) if column is None or index % every == 0]
+    every = math.ceil(0.24 / cell_inches)
+    room = centers[-1] - 0.3 / cell_inches if columns[-1] is None else centers[-1]
+    shown = [i for i, column in enumerate(columns) if column is None or (i % every == 0 and centers[i] <= room)]
     ax.set_xticks([centers[i] for i in shown], ["none" if columns[i] is None else str(columns[i]) for i in shown])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -287,7 +223,7 @@ def _untouched(analysis: Analysis) -> Figure | None:
 
 def _tolerances(analysis: Analysis) -> Figure:
     """Share of entries that count as unchanged as the rule becomes more lenient."""
-    figure = _figure(3.1)
+    figure = new_figure(3.1)
     ax = figure.subplots()
     rungs = ["bits", *map(power, TOLERANCES)]
     names = short_names([update.after for update in analysis.updates])
@@ -296,7 +232,7 @@ def _tolerances(analysis: Analysis) -> Figure:
         shares = [100 * total.share(count) for count in (total.bit_equal, *(total.within[t] for t in TOLERANCES))]
         relative, predicted = 100 * total.share(total.within_relative), 100 * total.share(total.predicted)
         color, marker = UPDATES[index % len(UPDATES)], MARKERS[index % len(MARKERS)]
-        ax.plot(range(len(rungs)), shares, f"-{marker}", color=color, ms=5.5, label=_clip(name, 60))
+        ax.plot(range(len(rungs)), shares, f"-{marker}", color=color, ms=5.5, label=clip(name, 60))
         ax.plot(len(rungs) + 0.4, relative, marker, color=color, ms=5.5)
         ax.plot(0, predicted, "D", mfc="white", mec=color, mew=1.4, ms=6)
         if len(names) == 1:
@@ -313,7 +249,7 @@ def _tolerances(analysis: Analysis) -> Figure:
     ax.set_ylim(max(0.0, low - room), high + room)
     ax.set_yticks([tick for tick in MaxNLocator(6).tick_values(low, high) if max(0.0, low - room) <= tick <= 100])
     ax.grid(axis="y")
-    _legend(figure, ax.get_legend_handles_labels()[0])
+    legend(figure, ax.get_legend_handles_labels()[0])
     return figure
 
 
@@ -328,13 +264,13 @@ def _masks(analysis: Analysis) -> Figure | None:
     weights = sorted(analysis.updates[0].pictures, key=lambda name: (order.index(kinds[name]), name))
     across = min(len(weights), 4 if len(names) == 1 else 7)
     down = math.ceil(len(weights) / across)
-    figure = _figure(down * len(names) * (WIDTH - 1) / across * 1.16 + 0.3 * len(names))
+    figure = new_figure(down * len(names) * (WIDTH - 1) / across * 1.16 + 0.3 * len(names))
     top = max(float(picture.max()) for update in analysis.updates for picture in update.pictures.values())
     scale = Normalize(0, 100 * top or 100)
     parts = figure.subfigures(len(names), 1, squeeze=False).flat
     for part, update, name in zip(parts, analysis.updates, names, strict=True):
         if len(names) > 1:
-            part.suptitle(_clip(name), x=0.01, ha="left", size=9.5, weight="bold")
+            part.suptitle(clip(name), x=0.01, ha="left", size=9.5, weight="bold")
         axes = part.subplots(down, across, squeeze=False)
         for ax in axes.flat[len(weights) :]:
             ax.remove()
@@ -347,7 +283,7 @@ def _masks(analysis: Analysis) -> Figure | None:
             ax.set_ylabel(f"{rows:,} rows", size=8)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(True)
-        _color_bar(part, axes.flat[: len(weights)], ScalarMappable(scale, MASK), "changed (%)", aspect=14 * down)
+        color_bar(part, axes.flat[: len(weights)], ScalarMappable(scale, MASK), "changed (%)", aspect=14 * down)
     return figure
 
 
@@ -366,7 +302,6 @@ def _spectra(analysis: Analysis) -> Figure | None:
                 curve_N = np.maximum(np.median(curves, axis=0), 1e-12)
                 handles += ax.plot(100 * place_N, curve_N, dash, color=color, label=kind)
         ax.set_yscale("log")
-        ax.set_ylim(max(ax.get_ylim()[0], 1e-5), 1.3)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlim(0, 100)
@@ -375,6 +310,8 @@ def _spectra(analysis: Analysis) -> Figure | None:
 
     figure = _panels(analysis, draw, "singular value (% of full rank)", height=3.0)
     figure.supylabel("of the largest", size=9)
+    first = figure.axes[0]  # whose scale the others share
+    first.set_ylim(max(first.get_ylim()[0], 1e-5), 1.3)
     return figure
 
 
@@ -391,8 +328,8 @@ def _overlaps(analysis: Analysis) -> Figure | None:
     if not analysis.comparisons:
         return None
     pairs = itertools.combinations(short_names([update.after for update in analysis.updates]), 2)
-    down, across = _grid(len(analysis.comparisons))
-    figure = _figure(0.5 + down * (0.85 + 0.24 * len(analysis.comparisons[0].kinds)))
+    down, across = grid(len(analysis.comparisons))
+    figure = new_figure(0.5 + down * (0.85 + 0.24 * len(analysis.comparisons[0].kinds)))
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for ax, comparison, (first, second) in zip(axes.flat, analysis.comparisons, pairs, strict=False):
         for y, found in enumerate(comparison.kinds.values()):
@@ -406,10 +343,13 @@ def _overlaps(analysis: Analysis) -> Figure | None:
             ax.plot(matched, y, **EXPECTED)
             ax.plot(both, y, **OBSERVED)
         _kind_axis(ax, list(comparison.kinds))
-        ax.set_title(f"{_clip(first, 54 // across)} and {_clip(second, 54 // across)}")
-    _trim(axes, len(analysis.comparisons), "shared, of what the first changed (%)")
+        fits = len(first) + len(second) + 5 <= 84 // across
+        ax.set_title(
+            " and ".join((first, second)) if fits else " and\n".join(clip(n, 78 // across) for n in (first, second))
+        )
+    trim(axes, len(analysis.comparisons), "shared, of what the first changed (%)")
     ax = axes.flat[0]
-    _legend(
+    legend(
         figure,
         [
             ax.plot([], [], label="observed", **OBSERVED)[0],
@@ -421,7 +361,7 @@ def _overlaps(analysis: Analysis) -> Figure | None:
 
 
 def _history(history: History) -> Figure:
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.subplots(1, 2)
     panels = (
         ("unchanged entries", {"unchanged": "since the version before", "unchanged_since_start": "since the start"}),
@@ -429,23 +369,14 @@ def _history(history: History) -> Figure:
     )
     for ax, (title, keys) in zip(axes, panels, strict=True):
         for (key, label), color, marker in zip(keys.items(), UPDATES, MARKERS, strict=False):
-            points = np.array([(row["step"], 100 * row[key]) for row in history if row.get(key) is not None]).reshape(
-                -1, 2
-            )
-            every = max(1, len(points) // 12)
-            ax.plot(*points.T, f"-{marker}", color=color, ms=4, markevery=every, label=label)
-        for row, before in zip(history[1:], history[:-1], strict=True):
+            rows = [row for row in history if row.get(key) is not None]
+            steps, shares = [row["step"] for row in rows], [100 * row[key] for row in rows]
+            ax.plot(steps, shares, f"-{marker}", color=color, ms=4, markevery=max(1, len(rows) // 12), label=label)
+        top = {"transform": ax.get_xaxis_transform(), "va": "top", "size": 8, "color": MUTED}
+        for before, row in itertools.pairwise(history):
             if row.get("stage") != before.get("stage"):
                 ax.axvline(row["step"], color=MUTED, lw=0.8, ls=":")
-                ax.text(
-                    row["step"],
-                    1,
-                    f" {row['stage']}",
-                    transform=ax.get_xaxis_transform(),
-                    va="top",
-                    size=8,
-                    color=MUTED,
-                )
+                ax.text(row["step"], 1, f" {row['stage']}", **top)
         ax.set_title(f"{title} (%)")
         ax.set_xlabel("step")
         ax.grid(axis="y")
@@ -456,47 +387,20 @@ def _history(history: History) -> Figure:
 def _panels(
     analysis: Analysis, draw: Callable[[Axes, Update], Sequence[Any]], label: str, *, height: float | None = None
 ) -> Figure:
-    """One panel for each update, up to two beside each other, under one legend of the handles that `draw` returns."""
+    """One panel for each update under one legend of the handles that `draw` returns."""
     names = short_names([update.after for update in analysis.updates])
-    down, across = _grid(len(names))
+    down, across = grid(len(names))
     each = height or 0.85 + 0.24 * len(by_kind(analysis.updates[0].rows))
-    figure = _figure(0.35 + down * each)
+    figure = new_figure(0.35 + down * each)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    handles: Sequence[Any] = ()
+    handles: dict[str, Any] = {}
     for ax, update, name in zip(axes.flat, analysis.updates, names, strict=False):
-        handles = draw(ax, update)
+        handles |= {handle.get_label(): handle for handle in draw(ax, update)}
         if len(names) > 1:
-            ax.set_title(_clip(name, 100 // across))
-    _trim(axes, len(names), label)
-    _legend(figure, handles)
+            ax.set_title(clip(name, 100 // across))
+    trim(axes, len(names), label)
+    legend(figure, list(handles.values()))
     return figure
-
-
-def _grid(count: int, *, widest: int = 3) -> tuple[int, int]:
-    """Panels down and across: up to three beside each other, four as two by two."""
-    across = min(count, widest, 2 if count == 4 else 3)
-    return math.ceil(count / across), across
-
-
-def _trim(axes: NDArray[Any], count: int, label: str) -> None:
-    """No panel where nothing is drawn; labels below the last one of every column."""
-    for index, ax in enumerate(axes.flat):
-        if index >= count:
-            ax.remove()
-        elif index >= count - axes.shape[1]:
-            ax.set_xlabel(label)
-            ax.tick_params(labelbottom=True)
-
-
-def _color_bar(part: Any, axes: Sequence[Axes], colors: ScalarMappable, label: str, *, aspect: int) -> None:
-    bar = part.colorbar(colors, ax=list(axes), aspect=aspect, pad=0.015, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
-    bar.set_label(label)
-    bar.outline.set_visible(False)
-
-
-def power(value: float) -> str:
-    """0.1, but 1e-3."""
-    return f"{value:g}" if value >= 0.01 else f"1e{round(math.log10(value))}"
 
 
 def _kinds(update: Update) -> dict[str, tuple[Sequence[WeightRow], Pooled]]:
@@ -513,21 +417,7 @@ def _kind_axis(ax: Axes, kinds: Sequence[str]) -> None:
     ax.grid(axis="x")
 
 
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 9), handletextpad=0.4, columnspacing=1.4
-    )
-
-
 def _scale(values: NDArray[np.float64]) -> Normalize:
     """From the smallest value to the largest, each rounded outwards to whole tens of percent."""
     low, high = math.floor(float(values.min()) / 10) * 10, math.ceil(float(values.max()) / 10) * 10
     return Normalize(low, high if high > low else low + 10)
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
-
-
-def _clip(name: str, length: int = 44) -> str:
-    return name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlpost.analysis.figures import heat_map
 from rlpost.analysis.measure import Analysis, measure
 from rlpost.analysis.report import write_report
-from rlpost.analysis.stored import HeldVersion, open_version
+from rlpost.analysis.stored import HeldVersion, Versions, open_version
 from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
 from rlpost.core.weights import in_model_order, weight_kind
@@ -175,10 +175,8 @@ class VersionObserver:
 
     def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
         assert self._image is not None
-        labels = [str(stage.start), f"version {version}"]
-        return measure(
-            labels, [HeldVersion(self._start), HeldVersion(self._image.tensors)], spectra=True, largest=LARGEST
-        )
+        versions = [HeldVersion(self._start), HeldVersion(self._image.tensors)]
+        return measure(Versions([str(stage.start), f"version {version}"], versions), spectra=True, largest=LARGEST)
 
     def _report(self, stage: ObservedStage, analysis: Analysis) -> None:
         """With what was logged of the stage, before a resume too."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.analysis.stored import StoredVersion, open_versions
+from rlpost.analysis.stored import Versions, open_versions
 from rlpost.core.overlap import Overlap, overlap, pooled_overlap
 from rlpost.core.sparsity import (
     RELATIVE,
@@ -79,6 +79,8 @@ class Update:
     after: str
     """Where that lies, as it was given."""
     rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...]
+    """What is not compared as it stands; see `stored.Versions`."""
     pictures: Mapping[str, Tensor]
     """`core.sparsity.changed_grid` of the matrices of the layer in the middle of the model."""
 
@@ -149,41 +151,31 @@ def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = No
         spectra: ranks and geometry too, which take decompositions.
 
     Raises:
-        ValueError: when a version has no whole weights; naming the weight, when only one has it, shapes or dtypes differ, or
-            it is not finite.
+        ValueError: as `stored.open_versions`; or naming a weight that is not finite.
     """
-    return measure([before, *after], open_versions([before, *after]), dtype=dtype, spectra=spectra)
+    return measure(open_versions([before, *after], dtype=dtype), spectra=spectra)
 
 
-def measure(
-    labels: Sequence[str],
-    versions: Sequence[StoredVersion],
-    *,
-    dtype: torch.dtype | None = None,
-    spectra: bool = False,
-    largest: int | None = None,
-) -> Analysis:
-    """As `analyze`, of opened versions, the first of which the others began with.
+def measure(versions: Versions, *, spectra: bool = False, largest: int | None = None) -> Analysis:
+    """As `analyze`, of opened versions.
 
     Args:
-        labels: what they are called in errors and in the analysis.
         largest: matrices with more singular values are not decomposed; None: all are, if `spectra`.
     """
-    (before, *after), (old, *tuned) = labels, versions
-    rows: list[list[WeightRow]] = [[] for _ in tuned]
-    pictures: list[dict[str, Tensor]] = [{} for _ in tuned]
-    pairs = list(itertools.combinations(range(len(tuned)), 2))
+    before, *after = versions.places
+    rows: list[list[WeightRow]] = [[] for _ in after]
+    pictures: list[dict[str, Tensor]] = [{} for _ in after]
+    pairs = list(itertools.combinations(range(len(after)), 2))
     shared: list[dict[str, list[Overlap]]] = [{} for _ in pairs]
-    pictured = _middle_layer(old.names)
-    for name in old.names:
-        base, *others = (_read(version, name, dtype) for version in (old, *tuned))
+    pictured = _middle_layer(versions.names)
+    for name in versions.names:
+        base, *others = versions.tensors(name)
         for index, other in enumerate(others):
             try:
                 small = largest is None or min(base.shape, default=0) <= largest
                 rows[index].append(weigh(name, base, other, spectra=spectra and small))
             except ValueError as error:
-                remedy = ". Give the dtype to compare them in (--dtype)" if base.dtype != other.dtype else ""
-                raise ValueError(f"{before} and {after[index]}: {name}: {error}{remedy}") from error
+                raise ValueError(f"{before} and {after[index]}: {name}: {error}") from error
             if name in pictured and base.ndim == 2:
                 pictures[index][name] = changed_grid(base, other)
         for kinds, (first, second) in zip(shared, pairs, strict=True):
@@ -191,8 +183,8 @@ def measure(
     return Analysis(
         before=before,
         updates=tuple(
-            Update(after=where, rows=tuple(found), pictures=drawn)
-            for where, found, drawn in zip(after, rows, pictures, strict=True)
+            Update(after=where, rows=tuple(found), notes=tuple(notes), pictures=drawn)
+            for where, found, notes, drawn in zip(after, rows, versions.notes[1:], pictures, strict=True)
         ),
         comparisons=tuple(
             Comparison(first=after[first], second=after[second], kinds=_pooled_kinds(kinds))
@@ -250,6 +242,7 @@ def plain(analysis: Analysis) -> dict[str, Any]:
         "relative": RELATIVE,
         "updates": {
             update.after: {
+                "notes": update.notes,
                 "kinds": {k: _plain(pooled(row.sparsity for row in rows)) for k, rows in by_kind(update.rows).items()},
                 "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in update.rows],
             }
@@ -257,11 +250,6 @@ def plain(analysis: Analysis) -> dict[str, Any]:
         },
         "overlaps": [asdict(comparison) for comparison in analysis.comparisons],
     }
-
-
-def _read(version: StoredVersion, name: str, dtype: torch.dtype | None) -> Tensor:
-    tensor = version.tensor(name)
-    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _middle_layer(names: Sequence[str]) -> set[str]:

@@ -12,9 +12,10 @@ import jinja2
 from markupsafe import Markup
 
 from rlpost import __version__
-from rlpost.analysis.figures import History, figures, power, svg
+from rlpost.analysis.figures import History, figures
 from rlpost.analysis.measure import TOP, Analysis, Pooled, Update, WeightRow, by_kind, by_layer, pool
 from rlpost.analysis.names import printable, short_names
+from rlpost.analysis.style import power, svg
 from rlpost.core.overlap import NUM_BINS
 from rlpost.core.sparsity import RELATIVE
 
@@ -87,7 +88,7 @@ def _template() -> jinja2.Template:
 
 
 def _percent(share: float | None, digits: int = 2) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+    return "" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _points(share: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -30,10 +31,12 @@ class _Controlled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatedEntries(_Controlled):
-    """Those that differ between two model directories, as samplers are served them."""
+    """Those that differ between two model directories."""
 
     before: str
     after: str
+    dtype: str | None = None
+    """What both are rounded to; None: the dtype that samplers serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +55,19 @@ class RandomEntries:
     seed: int = 0
 
 
-Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntries(_Controlled):
+    """Those of a mask file, as `rlpost mask` writes one."""
+
+    path: str
+
+
+Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries | FileEntries
 SUBNETWORKS: Mapping[str, type[Subnetwork]] = {
     "update": UpdatedEntries,
     "principal": PrincipalEntries,
     "random": RandomEntries,
+    "file": FileEntries,
 }
 """By their names in a recipe."""
 
@@ -65,7 +76,7 @@ Coverage = Mapping[str, tuple[int, int]]
 
 
 def updated_mask(before: Tensor, after: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """True where the two differ in any bit once rounded to `dtype`, the one samplers serve."""
+    """True where the two differ in any bit once rounded to `dtype`."""
     assert before.shape == after.shape
     return bits(before.to(dtype)) != bits(after.to(dtype))
 
@@ -79,9 +90,9 @@ def principal_mask(weight_MN: Tensor, *, rank: int, density: float, left_MR: Ten
     Args:
         left_MR: the left singular vectors, if known.
     """
-    if left_MR is None:
-        left_MR = torch.linalg.svd(weight_MN.float(), full_matrices=False).U
-    approximation_MN = left_MR[:, :rank] @ (left_MR[:, :rank].T @ weight_MN.float())
+    known = left_MR is not None
+    top_MR = (left_MR if known else torch.linalg.svd(weight_MN.float(), full_matrices=False).U)[:, :rank]
+    approximation_MN = top_MR @ (top_MR.T @ weight_MN.float())
     return _largest(approximation_MN.abs(), round(density * weight_MN.numel()))
 
 
@@ -107,6 +118,17 @@ def with_control(mask: Tensor, control: Control | None, *, seed: int, name: str)
     if control == "random":
         return random_mask(mask.shape, count=int(mask.sum()), seed=seed, name=name)
     return complement_mask(mask, seed=seed, name=name) if control == "complement" else mask
+
+
+def packed(mask: Tensor) -> Tensor:
+    """uint8 [ceil(entries / 8)]: entry i, in row-major order, is bit i % 8 of byte i // 8, counted from the lowest."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpacked(data: Tensor, shape: torch.Size) -> Tensor:
+    """The mask of `packed`."""
+    flat = np.unpackbits(data.numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(flat).view(torch.bool).view(shape)
 
 
 def coverage(masks: Mapping[str, Tensor]) -> Coverage:

@@ -1,4 +1,7 @@
-"""Weight images: the bytes a version is made of, their checksums, how many of them changed, and what their names say."""
+"""Weight images: the bytes a version is made of, their checksums, how many of them changed, and what their names say.
+
+Axes: M x N a weight matrix, R the rank of an adapter.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,11 @@ def unchanged_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     assert before.keys() == after.keys()
     unchanged = sum(int((bits(before[name]) == bits(after[name])).sum()) for name in after)
     return unchanged / sum(tensor.numel() for tensor in after.values())
+
+
+def merged_weight(base_MN: Tensor, A_RN: Tensor, B_MR: Tensor, scale: float) -> Tensor:
+    """W + s B A in float32: the weight that a LoRA adapter makes of W. https://arxiv.org/abs/2106.09685, section 4.1."""
+    return base_MN.float() + scale * (B_MR.float() @ A_RN.float())
 
 
 def weight_kind(name: str) -> str:
