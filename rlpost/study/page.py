@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from rlpost.analysis.figures import BLUE, EXPECTED, INK, MUTED, OBSERVED, WIDTH, style, svg
+from rlpost.analysis.report import template
+from rlpost.analysis.style import BLUE, EXPECTED, INK, MUTED, OBSERVED, Figure, new_figure, style, svg
 from rlpost.study.results import ArmResult, Over
 
 Series = Mapping[str, Sequence[Over | None]]
@@ -28,12 +27,12 @@ def render(results: Sequence[ArmResult]) -> Table:
         figures = [over for _, over in result.accuracy.values()]
         figures += [result.unchanged, result.predicted, result.rank, result.entropy_rank]
         shared = [result.shared, result.shared_by_chance]
-        table.add_row(result.name, *(percent(over) for over in (*figures, *shared)))
+        table.add_row(result.name, *(over_text(over) for over in (*figures, *shared)))
     return table
 
 
-def percent(over: Over | None) -> str:
-    """Example: percent(Over((0.5, 0.6))) == "55.0 ± 7.1"."""
+def over_text(over: Over | None) -> str:
+    """Example: over_text(Over((0.5, 0.6))) == "55.0 ± 7.1"."""
     if over is None:
         return ""
     spread = "" if math.isnan(over.spread) else f" ± {100 * over.spread:.1f}"
@@ -45,17 +44,10 @@ def write_page(path: Path, name: str, results: Sequence[ArmResult], *, reports: 
     Args:
         reports: of each arm, where its own report lies, relative to the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent}
     drawn = {figure: Markup(svg(chart)) for figure, chart in figures(results).items()}
-    page = environment.get_template("page.html").render(
+    page = template(Path(__file__).with_name("page.html")).render(
         name=name,
+        over=over_text,
         results=results,
         figures=drawn,
         reports=reports,
@@ -108,7 +100,7 @@ def figures(results: Sequence[ArmResult]) -> dict[str, Figure]:
 
 def _chart(arms: Sequence[str], series: Series, label: str) -> Figure:
     """A row per arm: the mean as a marker, every seed as a stroke."""
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(arms)), layout="constrained")
+    figure = new_figure(0.9 + 0.3 * len(arms))
     ax = figure.subplots()
     for (name, values), marker, color in zip(series.items(), (OBSERVED, EXPECTED), (BLUE, MUTED), strict=False):
         for y, over in enumerate(values):

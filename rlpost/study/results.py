@@ -118,10 +118,8 @@ def _agreement(study: Study, runs: Sequence[PlannedRun], full: Sequence[PlannedR
 
 
 def _agreeing(study: Study, first: Path, second: Path) -> float:
-    base, one, other = open_versions([str(study.start.model), str(first), str(second)])
-    parts = (
-        agreement(*(version.tensor(name).to(_dtype(study)) for version in (base, one, other))) for name in base.names
-    )
+    versions = open_versions([str(study.start.model), str(first), str(second)], dtype=_dtype(study))
+    parts = (agreement(*versions.tensors(name)) for name in versions.names)
     return pooled_agreement(parts).difference.unchanged
 
 
