@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
+from rich.console import Group
 from rich.table import Table
 
 from rlpost.analysis.report import template
@@ -17,17 +18,22 @@ Series = Mapping[str, Sequence[Over | None]]
 """What a figure shows beside each other: a label to one value per arm, observed first, then what is expected."""
 
 
-def render(results: Sequence[ArmResult]) -> Table:
-    """A line per arm: means over seeds and, where there are several, standard deviations."""
-    table = Table(box=None, pad_edge=False)
+def render(results: Sequence[ArmResult]) -> Group:
+    """For a terminal of 80 columns, a line per arm: means over seeds and, where there are several, standard deviations."""
     sets = list(results[0].accuracy)
-    for column in ("", *sets, "unchanged", "null", "rank", "entropy", "shared", "chance"):
-        table.add_column(column, justify="right" if column else "left")
+    learned, shape = _table([*sets, "unchanged", "null"]), _table(["rank", "entropy rank", "shared", "chance"])
     for result in results:
-        figures = [over for _, over in result.accuracy.values()]
-        figures += [result.unchanged, result.predicted, result.rank, result.entropy_rank]
-        shared = [result.shared, result.shared_by_chance]
-        table.add_row(result.name, *(over_text(over) for over in (*figures, *shared)))
+        after = [over for _, over in result.accuracy.values()]
+        learned.add_row(result.name, *map(over_text, (*after, result.unchanged, result.predicted)))
+        figures = (result.rank, result.entropy_rank, result.shared, result.shared_by_chance)
+        shape.add_row(result.name, *map(over_text, figures))
+    return Group(learned, "", shape)
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     return table
 
 
