@@ -100,11 +100,11 @@ def _thaw(node: Any) -> Any:
     return [_thaw(value) for value in node] if isinstance(node, list) else node
 
 
-def explain(problem: Any) -> str:
-    """One line for one of pydantic's errors, in the recipe's own terms."""
+def explain(problem: Any, table: type[BaseModel] = Table) -> str:
+    """One line for one of pydantic's errors, in the file's own terms; its keys are those of the tables that derive from `table`."""
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(location, str(problem["loc"][-1]), *_tables(Table))
+        return _unknown_key(location, str(problem["loc"][-1]), *_tables(table))
     if problem["type"] == "missing":
         return f"{location}: this key is required"
     given = problem["input"]

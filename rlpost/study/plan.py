@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlpost.config import Dtype, RecipeError, Table
 from rlpost.recipe import explain, load_recipe
@@ -16,7 +16,13 @@ from rlpost.recipe import explain, load_recipe
 SLUG = re.compile(r"[^a-z0-9]+")
 
 
-class StartConfig(Table):
+class StudyTable(BaseModel):
+    """Apart from a recipe's tables, so that neither's keys are suggested for the other's."""
+
+    model_config = Table.model_config
+
+
+class StartConfig(StudyTable):
     """The run whose export all others begin with."""
 
     stage: str
@@ -24,7 +30,7 @@ class StartConfig(Table):
     set: tuple[str, ...] = ()
 
 
-class ArmConfig(Table):
+class ArmConfig(StudyTable):
     """What one arm changes."""
 
     name: str
@@ -35,7 +41,7 @@ class ArmConfig(Table):
     """An earlier arm, whose models this one's are held against."""
 
 
-class StudyConfig(Table):
+class StudyConfig(StudyTable):
     recipe: str
     """Relative to the study's file."""
     directory: str
@@ -112,7 +118,7 @@ def load_study(path: Path) -> Study:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:
-        raise RecipeError("\n".join(explain(problem) for problem in error.errors())) from None
+        raise RecipeError("\n".join(explain(problem, StudyTable) for problem in error.errors())) from None
     recipe, directory = path.parent / config.recipe, Path(config.directory)
     start = _planned(recipe, "start", 0, directory / "start", config.start.set, stage=config.start.stage)
     runs: dict[tuple[str, int], PlannedRun] = {}
