@@ -101,7 +101,11 @@ def _thaw(node: Any) -> Any:
 
 
 def explain(problem: Any, table: type[BaseModel] = Table) -> str:
-    """One line for one of pydantic's errors, in the file's own terms; its keys are those of the tables that derive from `table`."""
+    """One line for one of pydantic's errors, in the file's own terms.
+
+    Args:
+        table: the file's keys are those of the tables that derive from it.
+    """
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown_key(location, str(problem["loc"][-1]), *_tables(table))
