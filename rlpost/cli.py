@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
     train.add_argument("--resume", action="store_true", help="continue from the run directory's last checkpoint")
 
+    study = commands.add_parser("study", help="make the runs of a study, analyze and compare their updates")
+    study.add_argument("study", type=Path, metavar="STUDY")
+    study.add_argument("--dry-run", action="store_true", help="print the runs and start none")
+
     summary = commands.add_parser("summary", help="print the summary of a run directory")
     summary.add_argument("run_dir", type=Path)
 
@@ -112,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(arguments)
+        if arguments.command == "study":
+            return _study(arguments)
         if arguments.command == "summary":
             return _summary(arguments.run_dir)
         if arguments.command == "analyze":
@@ -163,6 +169,26 @@ def _train(arguments: argparse.Namespace) -> int:
         from rlpost.run import run_recipe
 
         return run_recipe(recipe, resume=arguments.resume, console=console)
+    except RecipeError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlpost.config import RecipeError
+    from rlpost.study.plan import load_study
+
+    console = Console(soft_wrap=True)
+    try:
+        study = load_study(arguments.study)
+        if arguments.dry_run:
+            for run in (study.start, *study.runs):
+                console.print(f"{run.arm}, seed {run.seed}: {' '.join(run.overrides)}", markup=False, highlight=False)
+            return 0
+        from rlpost.study.run import run_study
+
+        return run_study(study, arguments.study.stem, console)
     except RecipeError as error:
         return _stopped(str(error), exit_codes.USAGE)
 
