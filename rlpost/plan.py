@@ -109,10 +109,10 @@ def num_trained(recipe: Recipe, parameters: int | None) -> int | None:
     lora, build = recipe.learner.lora, recipe.model.build
     if lora is None:
         return parameters
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which would look for others
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would look for others
     from transformers import AutoConfig, LlamaConfig
 
-    from rlpost.engines.lora import LoraSpec, num_adapter_parameters
+    from rlpost.engines.lora_layers import LoraSpec, num_adapter_parameters
 
     if build is not None:
         config = LlamaConfig(

@@ -20,7 +20,8 @@ from rlpost.core.objective import PolicyGradient, StageSpec
 from rlpost.core.optimizers import AdamW
 from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine, WeightSection
-from rlpost.engines.lora import LoraSpec, checkpoint_weights
+from rlpost.engines.lora import checkpoint_weights
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
 
