@@ -21,7 +21,13 @@ from rlpost.engines.base import RolloutRequest
 from rlpost.engines.lora_layers import LoraSpec, target_shapes, zero_adapter
 from rlpost.engines.pretrained import write_adapter
 from rlpost.engines.sampling import Holding, check_request, end_token_ids, make_rollout
-from rlpost.engines.vllm_cpu import check_live, inspect_in_process, live_weights, use_compiled_kernels
+from rlpost.engines.vllm_cpu import (
+    add_adapter_in_two_products,
+    check_live,
+    inspect_in_process,
+    live_weights,
+    use_compiled_kernels,
+)
 from rlpost.engines.weight_map import WeightMap
 from rlpost.types import Rollout, VersionSpan
 
@@ -127,6 +133,7 @@ class VllmSampler:
         )
         if on_cpu:
             inspect_in_process(path)
+            add_adapter_in_two_products()
         with live_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
         if on_cpu:

@@ -19,12 +19,16 @@ from rlpost.core.delta import TensorPatch, encode
 from rlpost.core.patch import UpdateRefused, WeightPatch
 from rlpost.core.weights import bits
 from rlpost.engines.base import RolloutRequest, SamplerEngine
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.types import Rollout, WeightImage
 from tests.engines.conftest import END_IDS, Reference, make_update, random_weights, stepped
 from tests.engines.in_child import SamplerInChild
 
 ENGINES = ["plain", pytest.param("vllm", marks=pytest.mark.engines)]
+WITH_ADAPTER = [pytest.param(f"{engine}-with-adapter", marks=pytest.mark.engines) for engine in ("plain", "vllm")]
+ADAPTER = LoraSpec(rank=4, alpha=4.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+"""Of what vLLM fuses, not all; and of a rank below the least it has room for."""
 MAX_MODEL_LEN = 256
 EXACT = 1e-5
 """Largest log-prob difference between two float32 implementations; another version's weights are off by more than 1."""
@@ -38,14 +42,18 @@ class Subject:
     model_path: Path
     reference: Reference
     weights: dict[int, Mapping[str, Tensor]]
+    adapter: LoraSpec | None = None
 
     def publish(self, seed: int, *, delta: bool = False, num_ranks: int = 1) -> int:
         """Give it the random weights of `seed` as its next version, whole or as what changed."""
         version = self.engine.version + 1
-        self.weights[version] = random_weights(self.model_path, seed)
+        self.weights[version] = self.random_weights(seed)
         base = self.image if delta else None
         self.engine.update(make_update(version, self.weights[version], base=base, num_ranks=num_ranks))
         return version
+
+    def random_weights(self, seed: int) -> dict[str, Tensor]:
+        return random_weights(self.model_path, seed, self.adapter)
 
     @property
     def image(self) -> WeightImage:
@@ -92,25 +100,25 @@ class Subject:
         return float(max(errors))
 
 
-def build_vllm(model_path: Path) -> Any:
+def build_vllm(model_path: Path, adapter: LoraSpec | None) -> Any:
     return vllm_sampler.VllmSampler(
-        model_path, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_bytes=16 << 20
+        model_path, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_bytes=16 << 20, lora=adapter
     )
 
 
 def _subject(kind: str, model_path: Path) -> Iterator[Subject]:
-    environment = vllm_sampler.environment("cpu")
-    engine: Any = (
-        PlainSampler(model_path) if kind == "plain" else SamplerInChild(build_vllm, model_path, env=environment)
-    )
+    adapter = ADAPTER if kind.endswith("-with-adapter") else None
+    if kind.startswith("plain"):
+        yield Subject(PlainSampler(model_path, lora=adapter), model_path, Reference(model_path), {}, adapter)
+        return
+    engine = SamplerInChild(build_vllm, model_path, adapter, env=vllm_sampler.environment("cpu"))
     try:
-        yield Subject(engine, model_path, Reference(model_path), {})
+        yield Subject(engine, model_path, Reference(model_path), {}, adapter)
     finally:
-        if kind != "plain":
-            engine.close()
+        engine.close()
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=[*ENGINES, *WITH_ADAPTER])
 def running_subject(request: pytest.FixtureRequest, served_model: Path) -> Iterator[Subject]:
     yield from _subject(request.param, served_model)
 
@@ -263,7 +271,7 @@ def test_a_sparse_delta_gives_the_weights_of_a_complete_update(subject: Subject,
 
 
 def test_a_delta_of_another_version_is_refused_and_sampling_goes_on(subject: Subject) -> None:
-    version, weights = subject.engine.version, random_weights(subject.model_path, 2)
+    version, weights = subject.engine.version, subject.random_weights(2)
     subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
     subject.steps(5)
     elsewhere = replace(subject.image, version=version - 1)
@@ -359,7 +367,7 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_complete_one(
     version, base = subject.engine.version, subject.image
     subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
     subject.steps(5)
-    good = make_update(version + 1, random_weights(subject.model_path, 2), base=base if delta else None)
+    good = make_update(version + 1, subject.random_weights(2), base=base if delta else None)
     tensors = dict(good.tensors)
     spoil(tensors)
     with pytest.raises(UpdateRefused, match=f"weight update {version + 1}: .*{named}"):
@@ -368,7 +376,7 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_complete_one(
     with pytest.raises(RuntimeError, match=named):
         subject.engine.step()
     with pytest.raises(UpdateRefused, match="nothing proved is held"):
-        subject.engine.update(make_update(version + 1, random_weights(subject.model_path, 2), base=base))
+        subject.engine.update(make_update(version + 1, subject.random_weights(2), base=base))
     with pytest.raises(RuntimeError, match=named):
         subject.engine.step()
     assert subject.engine.has_work()
