@@ -21,6 +21,7 @@ from rlpost.core.weights import bits
 from rlpost.engines.base import RolloutRequest, SamplerEngine
 from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.engines.weight_map import _served
 from rlpost.types import Rollout, WeightImage
 from tests.engines.conftest import END_IDS, Reference, make_update, random_weights, stepped
 from tests.engines.in_child import SamplerInChild
@@ -102,7 +103,12 @@ class Subject:
 
 def build_vllm(model_path: Path, adapter: LoraSpec | None) -> Any:
     return vllm_sampler.VllmSampler(
-        model_path, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_bytes=16 << 20, lora=adapter
+        model_path,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=128,
+        kv_cache_bytes=16 << 20,
+        lora=adapter,
     )
 
 
@@ -412,7 +418,7 @@ def flip_bit(sampler: Any, parameter_name: str, index: int) -> None:
     """Make the sampler's model lose one bit."""
 
     def flip(model: Any) -> None:
-        bits(dict(model.named_parameters())[parameter_name].data).view(-1)[index] ^= 1
+        bits(dict(_served(model))[parameter_name].data).view(-1)[index] ^= 1
 
     flip(sampler._model) if isinstance(sampler, PlainSampler) else sampler._engine.apply_model(flip)
 
@@ -447,21 +453,31 @@ def test_a_delta_is_refused_by_a_model_that_lost_one_bit_since(subject: Subject,
     assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
+QKV, GATE_UP = "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"
+
+
 @pytest.mark.engines
-@pytest.mark.parametrize("running_subject", ["vllm"], indirect=True)
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(
-    ("parameter_name", "index", "named"),
+    ("running_subject", "parameter_name", "index", "named"),
     [
-        ("model.layers.0.self_attn.qkv_proj.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
-        ("model.layers.1.mlp.gate_up_proj.weight", -1, "model.layers.1.mlp.up_proj.weight: entries 0"),
-        ("model.embed_tokens.weight", -1, "model.embed_tokens.weight: 1 of"),
+        ("vllm", f"{QKV}.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
+        ("vllm", f"{GATE_UP}.weight", -1, "model.layers.1.mlp.up_proj.weight: entries 0"),
+        ("vllm", "model.embed_tokens.weight", -1, "model.embed_tokens.weight: 1 of"),
+        ("vllm-with-adapter", f"{QKV}.base_layer.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entr"),
+        ("vllm-with-adapter", f"{QKV}.lora_a_stacked.2", 5, "model.layers.0.self_attn.v_proj.lora_A.weight: entries 0"),
+        ("vllm-with-adapter", f"{GATE_UP}.lora_b_stacked.1", 8, "model.layers.1.mlp.up_proj.lora_B.weight: entries 0"),
+        ("vllm-with-adapter", f"{QKV}.lora_a_stacked.0", -1, f"{QKV}: 1 of 256 values of its padding are not 0"),
+        ("vllm-with-adapter", f"{QKV}.lora_b_stacked.0", 4, f"{QKV}: 1 of 256 values of its padding are not 0"),
+        ("vllm-with-adapter", f"{QKV}.lora_b_stacked.1", 0, f"{QKV}: 1 of 512 values of its padding are not 0"),
     ],
+    indirect=["running_subject"],
 )
 def test_vllm_refuses_an_update_that_lost_one_bit_inside_the_model(
     subject: Subject, parameter_name: str, index: int, named: str, delta: bool
 ) -> None:
-    """k_proj starts after q_proj's 64 x 64 values in the fused qkv; the embedding's last rows pad the vocabulary."""
+    """k_proj starts after q_proj's 64 x 64 values in the fused qkv, and has no adapter; the embedding's last rows pad the
+    vocabulary, and rows and columns from the fifth on an adapter of rank 4 in a place for rank 8."""
     assert isinstance(subject.engine, SamplerInChild)
     version = subject.engine.version
     subject.engine.call(flip_bit_before_proof, parameter_name, index)
