@@ -76,11 +76,13 @@ class Weight:
 def checkpoint_weights(policy: nn.Module) -> Iterator[Weight]:
     """Every weight under its checkpoint name, tied ones once, in a fixed order; without an adapter, as they are."""
     layers = {f"{name}.base_layer.weight": m for name, m in policy.named_modules() if isinstance(m, LoraLayer)}
-    for name, parameter in policy.named_parameters():
-        layer: Any = layers.get(name)
-        if layer is not None:
-            adapter = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-            scale = layer.scaling[ADAPTER]
+    # By name: asked of its module during a forward pass, a parameter is gathered by ZeRO-3, by this rank alone.
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        if name in layers:
+            layer = name.removesuffix("base_layer.weight")
+            adapter = (parameters[f"{layer}lora_A.{ADAPTER}.weight"], parameters[f"{layer}lora_B.{ADAPTER}.weight"])
+            scale = layers[name].scaling[ADAPTER]
             yield Weight(name=name.replace(".base_layer.", "."), base=parameter, adapter=adapter, scale=scale)
         elif ".lora_" not in name:
             yield Weight(name=name.replace(".base_layer.", "."), base=parameter)
