@@ -199,10 +199,12 @@ def _stage_plan(stage: StageConfig) -> Text:
 
 def _sampler_memory(recipe: Recipe, parameters: int | None, trained: int | None) -> str:
     sampler = recipe.sampler
-    if parameters is None or trained is None:
+    if parameters is None:
         return "-"
     weights = parameters * DTYPE_BYTES[sampler.dtype] / max(sampler.gpus, 1)
-    adapter = f" + {_size(trained * DTYPE_BYTES[sampler.dtype])} adapter" if recipe.publish.policy == "adapter" else ""
+    adapter = ""
+    if recipe.publish.policy == "adapter":
+        adapter = f" + {'an' if trained is None else _size(trained * DTYPE_BYTES[sampler.dtype])} adapter"
     cache = (
         f"{sampler.kv_cache_mib} MiB"
         if sampler.kv_cache_mib

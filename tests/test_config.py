@@ -284,6 +284,8 @@ def test_the_plan_counts_an_adapter_that_is_served_beside_the_weights(tiny_model
     assert images == [2e9, 2.2e9]
     assert "published merged into the weights" in plans[0] and "published beside the weights" in plans[1]
     assert "0 MiB adapter" in plans[1] and "adapter +" not in plans[0]
+    hub = [rendered(build_recipe(TREE, [lora, f"publish.policy={policy}"])) for policy in ("merged", "adapter")]
+    assert "13.0 GiB weights + 64 MiB KV" in hub[0] and "13.0 GiB weights + an adapter" in hub[1]
 
 
 def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Path) -> None:

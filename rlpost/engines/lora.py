@@ -1,7 +1,7 @@
-"""LoRA through peft, in place: W x + s B (A x) while training, W + s B A for everybody else. The one file that imports peft.
+"""LoRA through peft, in place: W x + s B (A x) while training, W + s B A for exports. The one file that imports peft.
 
 "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685), section 4.1; s = alpha / rank, or
-alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732). W is never written to while a stage runs: what is served is
+alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732). W is never written to while a stage runs: what is merged is
 computed from it each time, in float32. Axes: M x N a weight matrix, R rank.
 """
 

@@ -5,7 +5,6 @@ Axes: M x N a weight matrix, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +69,11 @@ def num_adapter_parameters(config: PretrainedConfig, spec: LoraSpec) -> int:
     return sum(spec.rank * (rows + columns) for rows, columns in target_shapes(config, spec).values())
 
 
-def zero_adapter(shapes: Mapping[str, tuple[int, int]], rank: int) -> PeftAdapter:
-    """One of zeros on these layers. Its scale is 1, so that it may hold s B."""
-    tensors = {}
-    for name, (rows, columns) in shapes.items():
-        a, b = adapter_names(f"base_model.model.{name}.weight")
-        tensors |= {a: torch.zeros(rank, columns), b: torch.zeros(rows, rank)}
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(shapes)}
-    return PeftAdapter(config=config, tensors=tensors)
+def zero_adapter(layer: str, shape: tuple[int, int], rank: int) -> PeftAdapter:
+    """One of zeros, on this layer of (M, N). Its scale is 1, so that it may hold s B."""
+    a, b = adapter_names(f"base_model.model.{layer}.weight")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [layer]}
+    return PeftAdapter(config=config, tensors={a: torch.zeros(rank, shape[1]), b: torch.zeros(shape[0], rank)})
 
 
 def serve_beside(policy: PreTrainedModel, spec: LoraSpec) -> None:

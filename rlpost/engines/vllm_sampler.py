@@ -133,6 +133,7 @@ class VllmSampler:
         )
         if on_cpu:
             inspect_in_process(path)
+        if on_cpu and lora is not None:
             add_adapter_in_two_products()
         with live_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
@@ -189,12 +190,14 @@ class VllmSampler:
             self._engine.set_weight_version(str(patch.version))
 
     def _begin_adapter(self, lora: LoraSpec, shapes: Mapping[str, tuple[int, int]]) -> LoRARequest:
-        """vLLM loads an adapter of zeros, once; updates write into the place it has given it. The request names it for good."""
+        """vLLM loads an adapter, once: zeros, of one layer, as it keeps what it has loaded, and zeroes the places of all others.
+        Updates write into these places; the request that is returned names the adapter for good."""
         from vllm.lora.request import LoRARequest
 
+        name = next(iter(shapes))
         with TemporaryDirectory() as directory:
             path = Path(directory) / "adapter"
-            write_adapter(zero_adapter(shapes, lora.rank), path)
+            write_adapter(zero_adapter(name, shapes[name], lora.rank), path)
             request = LoRARequest("policy", 1, str(path))
             self._engine.add_lora(request)
         return request

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlpost.archive import VersionArchive
 from rlpost.core.patch import UpdateRefused
 from rlpost.core.weights import checksum
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
@@ -66,6 +68,29 @@ def test_after_the_first_version_only_changes_are_sent_and_the_run_is_that_of_co
     run, (sampler,) = watch(make_run)
     run.start()
     assert sampler.sent == [(None, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_an_adapter_beside_its_base_learns_what_a_merged_one_does_at_a_fraction_of_the_bytes(make_run: MakeRun) -> None:
+    """Two stages, the second on the base that the first one's adapter is merged into. W x + s B (A x) and (W + s B A) x differ in
+    the last bits of float32: the same tokens are drawn, and their log-probs, losses and gradients differ in as little."""
+    stages = [make_stage(name, staleness=0, steps=4, lr=1e-2) for name in ("one", "two")]
+    lora = LoraSpec(rank=4, alpha=8.0)
+    merged, beside = (
+        make_run(stages, lora=lora, serve_adapter=serve_adapter, log_groups=3).start()
+        for serve_adapter in (False, True)
+    )
+    texts = [[row["response"] for row in run.tracker.of("rollout")] for run in (merged, beside)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2 * 4 * 3 * 4
+    for ours, theirs in zip(beside.losses(), merged.losses(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    ours, theirs = beside.learner.weights(), merged.learner.weights()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+    cost, whole = (
+        {row["publish/version"]: row["publish/bytes"] for row in run.tracker.of("step")} for run in (beside, merged)
+    )
+    assert cost.keys() == whole.keys() and {2, 3, 4, 5, 6, 7} <= cost.keys()
+    assert all((cost[version] < whole[version] / 5) == (version != 5) for version in range(2, 8))
 
 
 def test_a_learning_rate_of_zero_costs_no_bytes(make_run: MakeRun) -> None:
