@@ -151,6 +151,27 @@ def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[...
     )
 
 
+def test_an_adapter_travels_alone_and_every_version_of_it_is_a_model(command: Callable[..., Command]) -> None:
+    """In float32 and at a scale of 2, so that a version checked out at the end of a stage is its export in every byte. Short
+    responses are rewarded, as an untrained policy gives no right ones to learn from."""
+    shaped = [f"stage.{stage}.reward.cosine_length={{}}" for stage in ("math", "code")]
+    adapter = ["learner.lora={rank=4, alpha=8}", "publish={policy='adapter', archive={anchor_every=4}}"]
+    run = command(*SMALL, *shaped, *adapter)
+    assert run.finish() == 0, run.text()[-3000:]
+    rows = [row for row in run.rows() if row["stage"] != "warmup"]
+    fresh = [row["mismatch/logprob_gap_mean_age_0"] for row in rows if "mismatch/logprob_gap_mean_age_0" in row]
+    assert fresh and all(gap < 1e-5 for gap in fresh)
+    cost = {r["publish/version"]: r["publish/bytes"] / r["publish/full_bytes"] for r in rows if r["publish/version"] > 6}
+    assert cost.keys() >= set(range(8, 16))
+    for version, share in cost.items():
+        assert (share < 0.15) == (version not in (7, 13)), (version, share)  # a stage's first one brings the last one's merge
+    for version, stage in ((12, "math"), (16, "code")):
+        out = run.run_dir / f"version-{version}"
+        assert cli.main(["checkout", str(run.run_dir), "--version", str(version), "-o", str(out)]) == 0
+        exported = run.run_dir / "exports" / stage / "model.safetensors"
+        assert (out / "model.safetensors").read_bytes() == exported.read_bytes()
+
+
 def test_a_killed_sampler_is_replaced_and_a_killed_learner_ends_the_run_with_its_name_and_a_way_on(
     command: Callable[..., Command],
 ) -> None:
