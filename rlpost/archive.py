@@ -39,7 +39,7 @@ def diff_directories(before: Path, after: Path, output: Path) -> WeightPatch:
     check_weights(after)
     base, target = StoredTensors(before), StoredTensors(after)
     refuse_removed(base.names, target.names)
-    with _beside(output) as partial, partial.open("wb") as stream:
+    with beside(output) as partial, partial.open("wb") as stream:
         writer = PatchWriter(stream, version=1, base=0)
         for name in target.names:
             writer.add(name, encode(base.tensor(name) if name in base.names else None, target.tensor(name)))
@@ -61,7 +61,7 @@ def patch_directory(before: Path, patch_file: Path, output: Path) -> None:
     refuse_removed(base.names, patch.tensors)
     files = base.files()
     files[max(files)] += sorted(patch.tensors.keys() - set(base.names))
-    with _beside(output) as partial:
+    with beside(output) as partial:
         partial.mkdir(parents=True)
         for file in other_files(before):
             shutil.copy(file, partial / file.name)
@@ -147,7 +147,7 @@ class VersionArchive:
         self._path.mkdir(parents=True, exist_ok=True)
         file = self._file(patch.version, patch.base)
         try:
-            with _beside(file) as partial, partial.open("wb") as stream:
+            with beside(file) as partial, partial.open("wb") as stream:
                 write_patch(patch, stream)
         except OSError as error:
             raise OSError(f"{file} could not be written: {error.strerror or error}") from error
@@ -182,7 +182,15 @@ class VersionArchive:
         Raises:
             ValueError: naming the version that is missing or the file that is damaged on the way to it.
         """
-        return rebuilt(self.patch(number) for number in reversed(_chain(self._bases(), version)))
+        return rebuilt(self.chain(version))
+
+    def chain(self, version: int) -> list[WeightPatch]:
+        """From a complete version to that one, each applying to the one before it; their payloads stay on the disk.
+
+        Raises:
+            ValueError: naming the version that is missing or the file that is damaged.
+        """
+        return [self.patch(number) for number in reversed(_chain(self._bases(), version))]
 
     def _bases(self) -> dict[int, int | None]:
         """Version to the version its file applies to."""
@@ -239,7 +247,7 @@ def _ranges(versions: list[int]) -> str:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """Where to write what becomes `path` when the block ends well, and is gone when it does not."""
     if path.exists():
         raise ValueError(f"{path} is there already: remove it, or write to another place")

@@ -20,6 +20,8 @@ from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.ports import Learner
 
 MANIFEST, STATE, LEARNER = "manifest.json", "state.json", "learner"
+EXPORTS = "exports"
+"""Where the directory of a run has a model directory per stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class RunCheckpoints:
         on_event: Callable[..., None],
         keep: int = 2,
     ) -> None:
-        self._root, self._exports = run_dir / "checkpoints", run_dir / "exports"
+        self._root, self._exports = run_dir / "checkpoints", run_dir / EXPORTS
         self._fingerprints, self._on_event, self._keep = tuple(fingerprints), on_event, keep
         self.last_step: int | None = None
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rlpost import __version__, exit_codes
+
+VERSION = (
+    "a model directory, a safetensors file or index, a run's directory (what it exported last), RUN@N (version N of a run's"
+    " archive), or org/name[@revision] on the Hugging Face hub"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +39,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     analyze = commands.add_parser(
         "analyze", help="measure how sparse and of what rank the update between two models is"
     )
-    analyze.add_argument("before", type=Path, help="a model directory, or RUN@N: version N of a run's archive")
-    analyze.add_argument("after", type=Path, nargs="+", help="the same; several are also compared with each other")
+    analyze.add_argument("before", help=VERSION)
+    analyze.add_argument(
+        "after", nargs="+", help="the same, or a LoRA adapter; several are also compared with each other"
+    )
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
     analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
-    analyze.add_argument("-o", "--output", type=Path, metavar="JSON", help="write every figure of every weight")
+    analyze.add_argument(
+        "-o", "--output", type=Path, action="append", default=[], metavar="FILE",
+        help="write every figure of every weight: .html is a report, .json, .csv or .parquet its data; may be repeated",
+    )  # fmt: skip
+    analyze.add_argument("--figures", type=Path, metavar="DIRECTORY", help="write the report's figures as PNG and SVG")
+
+    mask = commands.add_parser(
+        "mask", help="write the subnetwork that an update is, or a control of its size, to a file"
+    )
+    mask.add_argument("before", help=VERSION)
+    mask.add_argument("after", help="the same, or a LoRA adapter")
+    mask.add_argument("-o", "--output", type=Path, required=True, metavar="MASK")
+    selected = mask.add_mutually_exclusive_group()
+    selected.add_argument(
+        "--principal",
+        type=int,
+        metavar="RANK",
+        help="instead: of each matrix, the largest in its approximation of RANK",
+    )
+    selected.add_argument("--low-magnitude", action="store_true", help="instead: the smallest weights of BEFORE")
+    mask.add_argument("--density", type=float, help="share of each weight, for these; else what the update has of it")
+    control = mask.add_mutually_exclusive_group()
+    control.add_argument("--random", action="store_true", help="as many entries of each weight, chosen at random")
+    control.add_argument("--complement", action="store_true", help="as many, chosen at random from those left out")
+    mask.add_argument("--seed", type=int, default=0, help="of the control")
+    mask.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="what differs once rounded to it has changed: the one samplers serve (default: bfloat16)",
+    )
 
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
@@ -69,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _summary(arguments.run_dir)
         if arguments.command == "analyze":
             return _analyze(arguments)
+        if arguments.command == "mask":
+            return _mask(arguments)
         if arguments.command == "diff":
             return _diff(arguments)
         if arguments.command == "patch":
@@ -133,31 +169,63 @@ def _analyze(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from rlpost.analyze import analyze, compare, figures, render, render_overlaps
+    from rlpost.analysis.measure import analyze
+    from rlpost.analysis.output import check_output, write_analysis
+    from rlpost.analysis.tables import render, render_comparison
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    console = Console(soft_wrap=True)
-    before, tuned = arguments.before, arguments.after
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        return _stopped(f"{arguments.output.parent} is no directory to write to", exit_codes.USAGE)
-    content: dict[str, Any] = {"before": str(before), "updates": {}, "overlaps": []}
     try:
-        for after in tuned:
-            rows = analyze(before, after, dtype=dtype, spectra=arguments.spectra)
-            content["updates"][str(after)] = figures(rows)
-            console.print(f"{before} -> {after}", markup=False)
-            console.print(render(rows))
-        for first, second in itertools.combinations(tuned, 2):
-            overlaps = compare(before, first, second, dtype=dtype)
-            kinds = {kind: asdict(found) for kind, found in overlaps.items()}
-            content["overlaps"].append({"first": str(first), "second": str(second), "kinds": kinds})
-            console.print(
-                render_overlaps(overlaps, f"entries that {first} and {second} changed, of those of the first")
-            )
+        for path in arguments.output:
+            check_output(path)
+        if arguments.figures is not None and not arguments.figures.parent.is_dir():
+            raise ValueError(f"{arguments.figures.parent} is no directory to write to")
+        analysis = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    console = Console(soft_wrap=True)
+    for update in analysis.updates:
+        console.print(f"{analysis.before} -> {update.after}", markup=False)
+        console.print(render(update.rows))
+        for note in update.notes:
+            console.print(note, markup=False)
+    for comparison in analysis.comparisons:
+        console.print(render_comparison(comparison))
+    for path in arguments.output:
+        write_analysis(path, analysis)
+    if arguments.figures is not None:
+        from rlpost.analysis.figures import figures
+        from rlpost.analysis.style import write_figures
+
+        write_figures(figures(analysis), arguments.figures)
+    return 0
+
+
+def _mask(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from rlpost.analysis.mask import Selection, write_mask
+
+    try:
+        selection = Selection(
+            select="principal"
+            if arguments.principal is not None
+            else "low_magnitude"
+            if arguments.low_magnitude
+            else "update",
+            rank=arguments.principal,
+            density=arguments.density,
+            control="random" if arguments.random else "complement" if arguments.complement else None,
+            seed=arguments.seed,
+            dtype=getattr(torch, arguments.dtype),
+        )
+        chosen = write_mask(arguments.before, arguments.after, arguments.output, selection)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    count, total = (sum(counts) for counts in zip(*chosen.values(), strict=True))
+    touched = sum(bool(count) for count, _ in chosen.values())
+    sys.stdout.write(
+        f"{arguments.output}: {count:,} of {total:,} entries ({count / total:.2%}), in {touched} of {len(chosen)} weights\n"
+    )
     return 0
 
 

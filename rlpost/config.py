@@ -232,6 +232,15 @@ class ArchiveConfig(Table):
     """Versions from one that is kept whole to the next; those between are kept as changes, and rebuilt from it."""
 
 
+class ObserverConfig(Table):
+    """Measure published versions while the run goes on (analysis.jsonl), and write a report of each stage."""
+
+    spectra_every: Positive = 25
+    """Versions from one whose update is decomposed to the next."""
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Share of one core's time; what it cannot do with that it leaves out, and says so."""
+
+
 class PublishConfig(Table):
     encoding: Literal["delta", "full"] = "delta"
     """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
@@ -240,6 +249,8 @@ class PublishConfig(Table):
     """What samplers are sent under learner.lora. merged: plain weights, with the adapter in them. adapter: the base as it is and
     the adapter beside it, so that a version is the adapter's changes (docs/algorithms.md)."""
     archive: ArchiveConfig | None = None
+    observer: ObserverConfig | None = None
+    """Takes twice the weights of the driver's memory."""
 
 
 class MathVerifierConfig(Table):
@@ -563,7 +574,20 @@ class RandomEntries(Table):
     seed: int = 0
 
 
-SubnetworkConfig = Annotated[UpdatedEntries | PrincipalEntries | RandomEntries, Field(discriminator="select")]
+class FileEntries(Table):
+    """Entries that a file lists, as `rlpost mask` writes one."""
+
+    select: Literal["file"]
+    path: str
+    control: Literal["random", "complement"] | None = None
+    """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
+    seed: int = 0
+    """Of the control."""
+
+
+SubnetworkConfig = Annotated[
+    UpdatedEntries | PrincipalEntries | RandomEntries | FileEntries, Field(discriminator="select")
+]
 
 
 class StageConfig(Table):

@@ -19,9 +19,12 @@ from rlpost.config import (
     PPO,
     Algo,
     DataConfig,
+    FileEntries,
     GeneratedData,
     Pairs,
     PolicyGradientAlgo,
+    PrincipalEntries,
+    RandomEntries,
     Recipe,
     RecipeError,
     Sampled,
@@ -255,11 +258,11 @@ def learner_shape(recipe: Recipe, parameters: int | None, trained: int | None) -
 
 def _subnetwork_share(recipe: Recipe) -> float | None:
     """Of the weights, what any stage may change; None when each may change all. How large an update is shows when its
-    stage begins: here it may be all."""
+    stage begins, and how much a file has: here it may be all."""
     chosen = [stage.subnetwork for stage in recipe.stage]
     if all(choice is None for choice in chosen):
         return None
-    return max(1.0 if choice is None or isinstance(choice, UpdatedEntries) else choice.density for choice in chosen)
+    return max(c.density if isinstance(c, PrincipalEntries | RandomEntries) else 1.0 for c in chosen)
 
 
 def _needs_reference(algo: Algo) -> bool:
@@ -300,7 +303,7 @@ def _learner_plan(recipe: Recipe, shape: LearnerShape) -> Table:
 def _caveats(recipe: Recipe, shape: LearnerShape) -> str:
     """What the estimate could not know."""
     caveats = "" if shape.architecture else "; without activations: the model's sizes are not known yet"
-    if any(isinstance(stage.subnetwork, UpdatedEntries) for stage in recipe.stage):
+    if any(isinstance(stage.subnetwork, UpdatedEntries | FileEntries) for stage in recipe.stage):
         caveats += "; with moments of all entries: how many an update has is not known yet"
     return caveats
 

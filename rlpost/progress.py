@@ -30,6 +30,8 @@ EVENT_LINES = {
     "stragglers_deferred": ("step {step} goes on without its stragglers; they train later", "yellow"),
     "checkpoint": ("checkpoint of step {step} written to {path}", ""),
     "export": ("model after stage {stage} written to {path}", ""),
+    "report": ("report of stage {stage} written to {path}", ""),
+    "observer_failed": ("versions are not measured from here: {detail}. The run goes on", "bold yellow"),
     "wandb_started": ("wandb run {id}: {where}", ""),
     "wandb_failed": ("wandb is off from here: {detail}. The files in the run directory go on", "bold yellow"),
 }

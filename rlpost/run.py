@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from rlpost import exit_codes
+from rlpost.analysis.live import ObservedStage, VersionObserver
 from rlpost.archive import VERSIONS, VersionArchive
-from rlpost.checkpoint import RunCheckpoints
+from rlpost.checkpoint import EXPORTS, RunCheckpoints
 from rlpost.config import GeneratedData, Recipe, RecipeError
 from rlpost.data.sources import local_file
 from rlpost.pipeline.controller import Controller, RunSettings
@@ -78,7 +79,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
             for name, reasons in plan.left_out.items():
                 if reasons:
                     tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
-            code = _supervise(recipe, plan, workers, tracker, run_dir, console)
+            code = _supervise(recipe, plan, workers, tracker, run_dir, model_path, console)
     if code == 0:
         console.print(summarize_run(run_dir))
     return code
@@ -122,7 +123,13 @@ def _tracker(recipe: Recipe, run_dir: Path, plan: RunPlan, *, resume: bool, cons
 
 
 def _supervise(
-    recipe: Recipe, plan: RunPlan, workers: Any, tracker: RunTracker, run_dir: Path, console: Console
+    recipe: Recipe,
+    plan: RunPlan,
+    workers: Any,
+    tracker: RunTracker,
+    run_dir: Path,
+    model_path: Path,
+    console: Console,
 ) -> int:
     """Run the controller; an interrupt saves what was learned, an error says how to go on."""
     checkpoints = RunCheckpoints(
@@ -134,6 +141,7 @@ def _supervise(
     archive = VersionArchive(run_dir / VERSIONS, anchor_every=keeps.anchor_every if keeps else 1)
     # The version a run continues from is published anew, whole; later ones will not be those that were.
     archive.forget_after((plan.start.position.step if plan.start else 0) - 1)
+    observer = _observer(recipe, plan, tracker, run_dir, model_path)
     controller = Controller(
         plan.stages,
         workers,
@@ -142,6 +150,7 @@ def _supervise(
         _settings(recipe),
         eval_sets=plan.eval_sets,
         archive=archive if keeps else None,
+        observer=observer,
         start=plan.start.position if plan.start else None,
         load_from=plan.start.learner_path if plan.start else None,
     )
@@ -161,7 +170,25 @@ def _supervise(
         console.print(f"When that is mended, {hint}", markup=False)
         tracker.close(f"{type(error).__name__}: {error}")
         return exit_codes.FAILED
+    if observer is not None:
+        observer.close(recipe.deadlines.learn_s)
     return 0
+
+
+def _observer(
+    recipe: Recipe, plan: RunPlan, tracker: RunTracker, run_dir: Path, model_path: Path
+) -> VersionObserver | None:
+    options = recipe.publish.observer
+    if options is None:
+        return None
+    observed, first, start = [], 0, model_path
+    for stage in plan.stages:
+        last = first + stage.plan.num_steps
+        observed.append(ObservedStage(name=stage.name, first=first, last=last, start=start))
+        first, start = last, run_dir / EXPORTS / stage.name
+    return VersionObserver(
+        observed, run_dir, tracker.log, tracker.show, spectra_every=options.spectra_every, budget=options.budget
+    )
 
 
 async def _until_interrupted(

@@ -1,7 +1,7 @@
 """The run directory before and when a run begins: free, claimed or to be continued, and the model it starts from.
 
-run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  rollouts.jsonl  events.jsonl  logs/  checkpoints/
-          exports/<stage>/  versions/  summary.json  wandb/
+run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  analysis.jsonl  rollouts.jsonl  events.jsonl  logs/
+          checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  summary.json  wandb/
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from rlpost.checkpoint import Checkpoint, latest_checkpoint
-from rlpost.config import Recipe, RecipeError, UpdatedEntries
-from rlpost.engines.pretrained import StoredTensors, check_model_directory
+from rlpost.config import FileEntries, Recipe, RecipeError, UpdatedEntries
+from rlpost.engines.mask_file import MaskFile
+from rlpost.engines.pretrained import StoredTensors, check_model_directory, downloaded
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.tracking import run_ended
 
@@ -104,16 +105,10 @@ def model_directory(recipe: Recipe, run_dir: Path, *, resume: bool) -> Path:
     assert name is not None
     path = Path(name)
     if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
         try:
-            path = Path(snapshot_download(name, ignore_patterns=["*.pt", "*.bin", "*.gguf"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise RecipeError(
-                f"model.path = {name!r} is no directory and could not be downloaded ({type(error).__name__}: {error})."
-                " Check the name and the network; an interrupted download continues when you run the command again"
-            ) from error
+            path = downloaded(name, ignore=["*.pt", "*.bin", "*.gguf"])
+        except ValueError as error:
+            raise RecipeError(f"model.path = {name!r} is no directory, and {error}") from error
     try:
         check_model_directory(path)
     except ValueError as error:
@@ -122,14 +117,17 @@ def model_directory(recipe: Recipe, run_dir: Path, *, resume: bool) -> Path:
 
 
 def check_subnetworks(recipe: Recipe, model_path: Path) -> None:
-    """Raises RecipeError unless every directory that a stage's subnetwork is read from is of the model in `model_path`."""
+    """Raises RecipeError unless all that a stage's subnetwork is read from is of the model in `model_path`."""
     for stage in recipe.stage:
-        if not isinstance(stage.subnetwork, UpdatedEntries):
-            continue
-        for key in ("before", "after"):
-            path = Path(getattr(stage.subnetwork, key))
+        choice = stage.subnetwork
+        keys = ("before", "after") if isinstance(choice, UpdatedEntries) else ("path",)
+        for key in keys if isinstance(choice, UpdatedEntries | FileEntries) else ():
+            path = Path(getattr(choice, key))
             try:
-                StoredTensors(path).check_same_model(StoredTensors(model_path))
+                if isinstance(choice, FileEntries):
+                    MaskFile(path).check_masks(StoredTensors(model_path))
+                else:
+                    StoredTensors(path).check_same_model(StoredTensors(model_path))
             except (ValueError, OSError, SafetensorError) as error:
                 raise RecipeError(f"stage {stage.name!r}: subnetwork.{key}: {error}") from error
 

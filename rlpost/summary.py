@@ -1,6 +1,6 @@
 """What a run came to: what was learned, where the time went, which weights moved, where everything is.
 
-Everything is read from the run directory, so that the summary can be made again at any time. M x N: a weight matrix.
+Everything is read from the run directory, so that the summary can be made again at any time.
 """
 
 from __future__ import annotations
@@ -175,34 +175,25 @@ def _gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, f
 
 
 def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
-    """Compares the safetensors of two Hugging Face directories in bfloat16, one tensor of each in memory at a time.
+    """Compares two models in bfloat16, one tensor of each in memory at a time.
 
     bfloat16 whatever they are stored in: it is what samplers usually serve and what the literature's update sparsity
     counts, and in float32 every trained entry moves.
 
     Raises:
-        ValueError: when a directory has none or a damaged one, or the two differ in the names or shapes of their tensors.
+        ValueError: as `analysis.stored.open_versions`.
     """
-    from safetensors import safe_open
+    import torch
 
+    from rlpost.analysis.stored import open_versions
     from rlpost.core.weights import bits, in_model_order, weight_kind
 
-    before, after = _tensor_files(before_dir), _tensor_files(after_dir)
-    if lonely := sorted(before.keys() ^ after.keys()):
-        raise ValueError(
-            f"{before_dir} and {after_dir} are not of one model: only one of them has {', '.join(lonely[:3])}"
-        )
+    versions = open_versions([str(before_dir), str(after_dir)], dtype=torch.bfloat16)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for name in before:
-        with safe_open(before[name], "pt") as old_file, safe_open(after[name], "pt") as new_file:
-            old_MN, new_MN = old_file.get_tensor(name), new_file.get_tensor(name)
-        if old_MN.shape != new_MN.shape:
-            raise ValueError(
-                f"{name} is {tuple(old_MN.shape)} in {before_dir}, but {tuple(new_MN.shape)} in {after_dir}: compare two"
-                " versions of one model"
-            )
+    for name in versions.names:
+        before, after = versions.tensors(name)
         counts[weight_kind(name)].update(
-            tensors=1, entries=old_MN.numel(), unchanged=int((bits(old_MN.bfloat16()) == bits(new_MN.bfloat16())).sum())
+            tensors=1, entries=before.numel(), unchanged=int((bits(before) == bits(after)).sum())
         )
     return [
         MovedWeights(
@@ -226,21 +217,6 @@ def moved_between(models: Mapping[str, str]) -> tuple[dict[str, list[MovedWeight
         except ValueError as error:
             reasons.append(str(error))
     return moved, reasons
-
-
-def _tensor_files(model_dir: Path) -> dict[str, Path]:
-    from safetensors import SafetensorError, safe_open
-
-    files: dict[str, Path] = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    if not files:
-        raise ValueError(f"{model_dir} has no *.safetensors: give the directory that a stage was exported to")
-    return files
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Where figures go: four JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
+"""Where figures go: five JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
 
-    log(kind, row) -> file, at once, in the caller's thread      metrics.jsonl eval.jsonl rollouts.jsonl events.jsonl
+    log(kind, row) -> file, at once, in the caller's thread      one file of each kind (`FILES`)
                    -> terminal, thinned out (`rlpost.progress`)
                    -> a queue -> one background thread -> wandb  (may be late, fail or be absent: the run goes on)
 
@@ -10,6 +10,7 @@ Every row gets "time", seconds since the epoch. All keys are described in docs/m
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import netrc
@@ -32,9 +33,17 @@ from rlpost.progress import Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-FILES = {"step": "metrics.jsonl", "eval": "eval.jsonl", "rollout": "rollouts.jsonl", "event": "events.jsonl"}
+FILES = {
+    "step": "metrics.jsonl",
+    "eval": "eval.jsonl",
+    "analysis": "analysis.jsonl",
+    "rollout": "rollouts.jsonl",
+    "event": "events.jsonl",
+}
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 MAX_QUEUED_ROWS = 10_000
+MIRRORED = {"step": "train/step", "eval": "eval/step", "analysis": "analysis/step", "picture": "analysis/step"}
+"""Kinds of rows that wandb gets, and its axis for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +100,13 @@ class RunTracker:
             with (self.run_dir / FILES[kind]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row), allow_nan=False) + "\n")
             self._progress.show(kind, row)
-        if self._mirror is not None and kind in ("step", "eval"):
+        if self._mirror is not None and kind in MIRRORED:
             self._mirror.put(kind, row)
+
+    def show(self, name: str, step: int, png: bytes) -> None:
+        """A picture for wandb, beside the rows of kind "analysis"."""
+        if self._mirror is not None:
+            self._mirror.put("picture", {"name": name, "step": step, "png": png})
 
     def close(self, error: str | None = None, *, deadline_s: float = 10.0) -> None:
         """End the run: give wandb `deadline_s` to take what is still queued. A second call does nothing.
@@ -302,16 +316,28 @@ class WandbMirror:
         self._on_event("wandb_started", mode=self._mode, id=run.id, where=where)
         return run
 
-    def _figures(self, run: Any, kind: str, row: Mapping[str, Any]) -> dict[str, float]:
+    def _figures(self, run: Any, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of a row under wandb's names, each family on an axis of its own, not on wandb's step counter."""
-        axis = "train/step" if kind == "step" else "eval/step"
-        prefix = "" if kind == "step" else f"eval/{row['eval']}/"
-        figures = {prefix + key: value for key, value in _numbers(row).items() if key not in ("step", "time")}
+        axis = MIRRORED[kind]
+        if kind == "picture":
+            figures: dict[str, Any] = {f"analysis/{row['name']}_picture": _wandb_image(row["png"])}
+        else:
+            prefix = {"step": "", "eval": f"eval/{row.get('eval')}/", "analysis": "analysis/"}[kind]
+            # Of an analysis what is pooled; its rows for single weights stay in the file.
+            shown = {key: value for key, value in row.items() if key not in ("step", "time", "weights", "ranks")}
+            figures = {prefix + key: value for key, value in _numbers(shown).items()}
         for family in sorted({key.split("/")[0] for key in figures} - self._families):
             run.define_metric(axis)
             run.define_metric(f"{family}/*", step_metric=axis)
             self._families.add(family)
         return {**figures, axis: row["step"]}
+
+
+def _wandb_image(png: bytes) -> Any:
+    import wandb
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(png)))
 
 
 def _end_service() -> None:

@@ -123,7 +123,8 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.rl.subnetwork={select='random', density=0}", r"subnetwork.random.density: .*greater than 0"),
         ("stage.rl.subnetwork={select='random', density=0.1, rank=3}", r"'rank' .* has no meaning in this"),
         ("stage.rl.subnetwork={select='update', before='a'}", r"subnetwork.update.after: this key is required"),
-        ("stage.rl.subnetwork={select='lowest'}", r"'update', 'principal', 'random'"),
+        ("stage.rl.subnetwork={select='file'}", r"subnetwork.file.path: this key is required"),
+        ("stage.rl.subnetwork={select='lowest'}", r"'update', 'principal', 'random', 'file'"),
         ("justaword", r"not of the form key.path=value"),
         ("model.build.hidden_size=64", r"either path|required"),
     ],
@@ -318,6 +319,7 @@ def test_the_memory_plan_is_that_of_the_stage_that_changes_most() -> None:
     assert plan(few, more)[0] == 4 + 2 + 8 * 0.25
     optimizer, line = plan("stage.rl.subnetwork={select='update', before='a', after='b'}", more)
     assert optimizer == 14 and "how many an update has is not known yet" in line
+    assert plan("stage.rl.subnetwork={select='file', path='m'}", more)[0] == 14
     assert "update" not in plan(few, more)[1]
 
 

@@ -8,15 +8,19 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from rlpost import cli, run, run_directory
-from rlpost.config import Recipe, RecipeError, UpdatedEntries
+from rlpost.config import FileEntries, Recipe, RecipeError, UpdatedEntries
+from rlpost.engines.mask_file import write_masks
+from rlpost.engines.pretrained import StoredTensors
 from rlpost.pipeline.buffer import Position
 from rlpost.recipe import build_recipe
 from rlpost.tracking import RunTracker, WandbOptions
@@ -102,6 +106,33 @@ def test_a_subnetwork_read_from_another_model_is_refused_before_anything_starts(
         check(other)
     with pytest.raises(RecipeError, match=r"subnetwork.after: .*nowhere holds no weights of the model in"):
         check(tmp_path / "nowhere")
+
+
+def test_a_file_of_masks_that_no_stage_could_train_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    given = recipe(tmp_path)
+    model = run_directory.model_directory(given, tmp_path / "a", resume=False)
+    stored = StoredTensors(model)
+    shapes = {name: stored.shape(name) for name in stored.names}
+    last = stored.names[-1]
+
+    def check(name: str, masks: Mapping[str, torch.Size], value: bool) -> None:
+        path = tmp_path / name
+        write_masks(masks, lambda weight: torch.full(masks[weight], value), path, provenance={})
+        subnetwork = FileEntries(select="file", path=str(path))
+        stage = given.stage[0].model_copy(update={"subnetwork": subnetwork})
+        run_directory.check_subnetworks(given.model_copy(update={"stage": (stage,)}), model)
+
+    check("whole", shapes, True)
+    with pytest.raises(RecipeError, match=r"stage .*: subnetwork.path: .*none selects no entry"):
+        check("none", shapes, False)
+    with pytest.raises(RecipeError, match=rf"subnetwork.path: .*few holds no mask of {last}, which is of"):
+        check("few", {name: shape for name, shape in shapes.items() if name != last}, True)
+    with pytest.raises(RecipeError, match=rf"other holds a mask of shape \(3,\) of {last}, which is of"):
+        check("other", shapes | {last: torch.Size([3])}, True)
+    subnetwork = FileEntries(select="file", path=str(tmp_path / "nowhere"))
+    stage = given.stage[0].model_copy(update={"subnetwork": subnetwork})
+    with pytest.raises(RecipeError, match=r"subnetwork.path: .*nowhere is no file of masks"):
+        run_directory.check_subnetworks(given.model_copy(update={"stage": (stage,)}), model)
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------

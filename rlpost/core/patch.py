@@ -6,6 +6,7 @@ manifest stands last so that tensors can be written one by one; whatever reads i
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,28 +136,37 @@ def patched_tensor(patch: WeightPatch, name: str, held: Tensor | None) -> Tensor
         return apply(patch.tensors[name], held)
 
 
-def rebuilt(patches: Iterable[WeightPatch]) -> WeightImage:
+def rebuilt(chain: Sequence[WeightPatch]) -> WeightImage:
     """The version that a chain of patches leads to: the first complete, each other one applying to the one before it.
-
-    One image, changed in place; its checksums are compared once, at the end.
 
     Raises:
         ValueError: when the chain has a gap or a piece is broken, or naming the tensor that is not as published.
     """
-    tensors: dict[str, Tensor] = {}
-    last: WeightPatch | None = None
-    for patch in patches:
-        _check_follows(patch, None if last is None else last.version)
-        refuse_removed(tensors, patch.tensors)
-        for name, tensor in patch.tensors.items():
+    check_chain(chain)
+    return WeightImage(
+        version=chain[-1].version, tensors={name: rebuilt_tensor(chain, name) for name in chain[-1].tensors}
+    )
+
+
+def check_chain(chain: Sequence[WeightPatch]) -> None:
+    """Raises ValueError when it has a gap, or loses a tensor."""
+    for before, patch in itertools.pairwise([None, *chain]):
+        assert patch is not None
+        _check_follows(patch, None if before is None else before.version)
+        refuse_removed({} if before is None else before.tensors, patch.tensors)
+
+
+def rebuilt_tensor(chain: Sequence[WeightPatch], name: str) -> Tensor:
+    """One tensor of `rebuilt`, changed in place; its checksum is compared once, at the end. Raises ValueError naming it."""
+    tensor: Tensor | None = None
+    for patch in chain:
+        if name in patch.tensors:
             with naming(f"{name}, patched to version {patch.version}"):
-                tensors[name] = _advanced(tensor, tensors.get(name))
-        last = patch
-    assert last is not None, "a chain has a first patch"
-    for name, tensor in last.tensors.items():
-        with naming(f"{name}, patched to version {last.version}"):
-            check_result(tensor, tensors[name].view(-1))
-    return WeightImage(version=last.version, tensors=tensors)
+                tensor = _advanced(patch.tensors[name], tensor)
+    assert tensor is not None, f"no patch of the chain has {name}"
+    with naming(f"{name}, patched to version {chain[-1].version}"):
+        check_result(chain[-1].tensors[name], tensor.view(-1))
+    return tensor
 
 
 def refuse_removed(before: Iterable[str], after: Iterable[str]) -> None:

@@ -133,3 +133,10 @@ def changed_rows_and_columns(before_MK: Tensor, after_MK: Tensor) -> tuple[Tenso
     """Share of changed entries of each row [M] and each column [K]."""
     changed_MK = bits(before_MK) != bits(after_MK)
     return changed_MK.float().mean(1), changed_MK.float().mean(0)
+
+
+def changed_grid(before_MK: Tensor, after_MK: Tensor, *, size: int = 96) -> Tensor:
+    """A picture of which entries changed: their share in each cell of a grid of at most `size` by `size`, row by row."""
+    changed_MK = (bits(before_MK) != bits(after_MK)).float()
+    cells = (min(size, changed_MK.shape[0]), min(size, changed_MK.shape[1]))
+    return torch.nn.functional.adaptive_avg_pool2d(changed_MK[None], cells)[0]

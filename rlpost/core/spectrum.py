@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EPSILON = torch.finfo(torch.float32).eps
+from rlpost.core.rank import DIRECT, EPSILON, gram, rounding_error, thresholds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,21 @@ class Ranks:
 
 
 def singular_values(before_MK: Tensor, after_MK: Tensor) -> Tensor:
-    """[R] descending, of the float32 difference."""
-    return torch.linalg.svdvals(after_MK.detach().float() - before_MK.detach().float())
+    """[R] descending, of the float32 difference D; `ranks` of them has the numerical rank of `torch.linalg.matrix_rank`.
+
+    As roots of the eigenvalues of D'D in float64: below 1e-7 sigma_1 that is noise, as float32's own are, and more exact
+    above. Small matrices, and those of which float32's rounding decides the rank, are decomposed in float32.
+    """
+    difference_MK = after_MK.detach().float() - before_MK.detach().float()
+    longest, shortest = max(difference_MK.shape), min(difference_MK.shape)
+    if shortest > DIRECT:
+        matrix_LR = difference_MK if len(difference_MK) == longest else difference_MK.T
+        energy_R = torch.linalg.eigvalsh(gram(matrix_LR)).flip(0).clamp(min=0.0)
+        top = float(energy_R[0])
+        below, above = thresholds(longest, top, top, rounding_error(matrix_LR, float(energy_R.sum())))
+        if not ((energy_R > below) & (energy_R < above)).any():
+            return energy_R.sqrt().float()
+    return torch.linalg.svdvals(difference_MK)
 
 
 def ranks(sigma_R: Tensor, shape: tuple[int, int]) -> Ranks:
@@ -59,6 +72,18 @@ def ranks(sigma_R: Tensor, shape: tuple[int, int]) -> Ranks:
         energy_90=int((share_R < 0.9).sum()) + 1,
         energy_99=int((share_R < 0.99).sum()) + 1,
     )
+
+
+def rounded_approximation(before_MK: Tensor, after_MK: Tensor, k: int) -> Tensor:
+    """`after` if the update had been its best approximation of rank k, in float32, and then been rounded to the stored dtype.
+
+    A null: what rank its difference from `before` has beyond k, the rounding alone gave it: an observed rank up to that is no
+    evidence of more than k directions.
+    """
+    left_MR, sigma_R, right_RK = torch.linalg.svd(
+        after_MK.detach().float() - before_MK.detach().float(), full_matrices=False
+    )
+    return (before_MK.detach().float() + (left_MR[:, :k] * sigma_R[:k]) @ right_RK[:k]).to(after_MK.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

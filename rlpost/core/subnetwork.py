@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -52,11 +53,19 @@ class RandomEntries:
     seed: int = 0
 
 
-Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntries(_Controlled):
+    """Those of a mask file, as `rlpost mask` writes one."""
+
+    path: str
+
+
+Subnetwork = UpdatedEntries | PrincipalEntries | RandomEntries | FileEntries
 SUBNETWORKS: Mapping[str, type[Subnetwork]] = {
     "update": UpdatedEntries,
     "principal": PrincipalEntries,
     "random": RandomEntries,
+    "file": FileEntries,
 }
 """By their names in a recipe."""
 
@@ -70,15 +79,25 @@ def updated_mask(before: Tensor, after: Tensor, *, dtype: torch.dtype) -> Tensor
     return bits(before.to(dtype)) != bits(after.to(dtype))
 
 
-def principal_mask(weight_MN: Tensor, *, rank: int, density: float) -> Tensor:
+def principal_mask(weight_MN: Tensor, *, rank: int, density: float, left_MR: Tensor | None = None) -> Tensor:
     """True at the `density` share of entries that are largest, in absolute value, in the best approximation of rank
     `rank`. LIFT, https://arxiv.org/abs/2506.00772; it gives the count as r (M + N), a share compares across shapes.
 
     Of equal entries the first in row-major order goes first.
+
+    Args:
+        left_MR: the left singular vectors, if known.
     """
-    U_MR, S_R, Vh_RN = torch.linalg.svd(weight_MN.float(), full_matrices=False)
-    approximation_MN = (U_MR[:, :rank] * S_R[:rank]) @ Vh_RN[:rank]
+    known = left_MR is not None
+    top_MR = (left_MR if known else torch.linalg.svd(weight_MN.float(), full_matrices=False).U)[:, :rank]
+    approximation_MN = top_MR @ (top_MR.T @ weight_MN.float())
     return _largest(approximation_MN.abs(), round(density * weight_MN.numel()))
+
+
+def low_magnitude_mask(weight: Tensor, *, density: float) -> Tensor:
+    """True at the `density` share of entries that are smallest in absolute value. "The Path Not Taken",
+    https://arxiv.org/abs/2511.08567. Of equal entries the first in row-major order goes first."""
+    return _largest(-weight.abs(), round(density * weight.numel()))
 
 
 def random_mask(shape: torch.Size, *, count: int, seed: int, name: str) -> Tensor:
@@ -97,6 +116,17 @@ def with_control(mask: Tensor, control: Control | None, *, seed: int, name: str)
     if control == "random":
         return random_mask(mask.shape, count=int(mask.sum()), seed=seed, name=name)
     return complement_mask(mask, seed=seed, name=name) if control == "complement" else mask
+
+
+def packed(mask: Tensor) -> Tensor:
+    """uint8 [ceil(entries / 8)]: entry i, in row-major order, is bit i % 8 of byte i // 8, counted from the lowest."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpacked(data: Tensor, shape: torch.Size) -> Tensor:
+    """The mask of `packed`."""
+    flat = np.unpackbits(data.numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(flat).view(torch.bool).view(shape)
 
 
 def coverage(masks: Mapping[str, Tensor]) -> Coverage:

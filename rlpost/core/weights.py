@@ -1,4 +1,7 @@
-"""Weight images: the bytes a version is made of, their checksums, how many of them changed, and what their names say."""
+"""Weight images: the bytes a version is made of, their checksums, how many of them changed, and what their names say.
+
+Axes: M x N a weight matrix, R the rank of an adapter.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,11 @@ def unchanged_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     return unchanged / sum(tensor.numel() for tensor in after.values())
 
 
+def merged_weight(base_MN: Tensor, A_RN: Tensor, B_MR: Tensor, scale: float) -> Tensor:
+    """W + s B A in float32: the weight that a LoRA adapter makes of W. https://arxiv.org/abs/2106.09685, section 4.1."""
+    return base_MN.float() + scale * (B_MR.float() @ A_RN.float())
+
+
 def adapter_names(weight: str) -> tuple[str, str]:
     """Names of A and s B beside a weight.
 
@@ -67,7 +75,7 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight_MN in plain.items():
         a, b = adapter_names(name)
         if a in tensors:
-            plain[name] = (weight_MN.float() + tensors[b].float() @ tensors[a].float()).to(weight_MN.dtype)
+            plain[name] = merged_weight(weight_MN, tensors[a], tensors[b], 1.0).to(weight_MN.dtype)
     return plain
 
 

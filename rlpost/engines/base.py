@@ -102,7 +102,7 @@ class LearnerEngine(Protocol):
             What the stage may change, where that is a subnetwork; empty when it is everything.
 
         Raises:
-            ValueError: when the subnetwork has no entry, or its model directories are not of this policy.
+            ValueError: when the subnetwork has no entry, or what it is read from is not of this policy.
         """
         ...
 

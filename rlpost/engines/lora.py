@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlpost.core.weights import adapter_names
+from rlpost.core.weights import adapter_names, merged_weight
 from rlpost.engines.lora_layers import LoraSpec, select_targets
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
 
@@ -55,8 +55,7 @@ class Weight:
         """The weight as the policy has it, to be cast to the dtype it is used in: float32 where it is adapted."""
         if self.adapter is None:
             return self.base.detach()
-        A_RN, B_MR = self.adapter
-        return self.base.float() + self.scale * (B_MR.float() @ A_RN.float())
+        return merged_weight(self.base, *self.adapter, self.scale)
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> bool:

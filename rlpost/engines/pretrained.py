@@ -41,6 +41,7 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def check_model_directory(path: Path) -> None:
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"model.path = {str(path)!r} has no config.json: give a Hugging Face model directory")
-    if "model_type" not in _json(path / "config.json"):
+    if "model_type" not in read_json(path / "config.json"):
         raise ValueError(f"{path / 'config.json'} names no model_type: save the model with save_pretrained")
     check_weights(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -72,63 +73,95 @@ def check_model_directory(path: Path) -> None:
             " AutoTokenizer.from_pretrained(...).save_pretrained"
         )
     for file in path.glob("tokenizer*.json"):
-        _json(file)
+        read_json(file)
 
 
 def check_weights(path: Path) -> None:
-    """Raises ValueError unless every file of weights is there, and as long as its header says."""
-    index = path / INDEX
-    listed = set(_json(index)["weight_map"].values()) if index.is_file() else set()
-    files = sorted(listed | {file.name for file in path.glob("*.safetensors")})
+    """Raises ValueError unless every file of weights is there, as long as its header says, and has what an index says."""
+    files = _weight_files(path)
     if not files:
         raise ValueError(f"{path} has no *.safetensors: save the model with save_pretrained")
-    for name in files:
+    for file, listed in files.items():
         try:
-            with safe_open(path / name, "pt"):
-                pass
+            with safe_open(file, "pt") as tensors:
+                missing = set(listed) - set(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path / name} is missing or damaged ({error}): copy or download it again") from error
+            raise ValueError(f"{file} is missing or damaged ({error}): copy or download it again") from error
+        if missing:
+            raise ValueError(f"{file} lacks {min(missing)}, which the index lists: copy or download both again")
+
+
+def _weight_files(path: Path) -> dict[Path, list[str]]:
+    """The files that hold a model's weights, each with the tensors that an index says it has.
+
+    Of a directory with an index, those it lists: another copy of the weights may lie beside them.
+    """
+    if path.suffix == ".safetensors":
+        return {path: []}
+    index = path if path.name.endswith(".index.json") else path / INDEX
+    if not index.is_file():
+        return {file: [] for file in sorted(path.glob("*.safetensors"))}
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} has no weight_map: give an index of safetensors, or their directory")
+    return {
+        index.with_name(file): [name for name, place in places.items() if place == file]
+        for file in sorted(set(places.values()))
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    file: Path
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class StoredTensors:
-    """The tensors of a model directory, read one at a time."""
+    """The tensors of a model directory, of a shard index or of one safetensors file, read one at a time.
+
+    They are views of the file, mapped into memory: none outlives the last use of its tensor.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files: dict[str, Path] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        self._places: dict[str, _Place] = {}
+        for file in _weight_files(path):
             with safe_open(file, "pt") as tensors:
-                self._files.update(dict.fromkeys(tensors.keys(), file))
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    found = tensors.get_slice(name)
+                    self._places[name] = _Place(file, _DTYPES[found.get_dtype()], torch.Size(found.get_shape()))
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._files)
+        return sorted(self._places)
 
     def files(self) -> dict[Path, list[str]]:
         """Each file's tensors."""
-        return {
-            file: [n for n, place in self._files.items() if place == file] for file in sorted({*self._files.values()})
-        }
+        files = sorted({place.file for place in self._places.values()})
+        return {file: [n for n, place in self._places.items() if place.file == file] for file in files}
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self._files[name], "pt") as tensors:
+        with safe_open(self._places[name].file, "pt") as tensors:
             return tensors.get_tensor(name)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name].dtype
 
     def check_same_model(self, other: StoredTensors) -> None:
         """Raises ValueError unless the two share weights, all of the same shapes."""
-        shared = self._files.keys() & other._files.keys()
+        shared = self._places.keys() & other._places.keys()
         if not shared:
             raise ValueError(f"{self._path} holds no weights of the model in {other._path}")
         for name in sorted(shared):
             self._check_shape(name, other.shape(name))
 
-    def shape(self, name: str) -> torch.Size:
-        with safe_open(self._files[name], "pt") as tensors:
-            return torch.Size(tensors.get_slice(name).get_shape())
-
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """Raises ValueError when the directory has no such tensor of this shape."""
-        if name not in self._files:
+        if name not in self._places:
             raise ValueError(f"{self._path} holds no weight {name!r}: give a directory of the model that is trained")
         self._check_shape(name, shape)
         return self.tensor(name)
@@ -141,11 +174,30 @@ class StoredTensors:
             )
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path) -> Mapping[str, Any]:
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}): copy or download it again") from error
+
+
+def downloaded(name: str, *, revision: str | None = None, ignore: list[str], only: list[str] | None = None) -> Path:
+    """The files of a model on the Hugging Face hub, in this machine's cache.
+
+    Raises:
+        ValueError: when there is no such model, or no network.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=only, ignore_patterns=ignore))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"it could not be downloaded ({type(error).__name__}: {reason}). Check the name and the network; an interrupted"
+            " download continues when you run the command again"
+        ) from error
 
 
 def other_files(path: Path) -> list[Path]:
@@ -162,7 +214,10 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def stream_tensors(
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensor: Callable[[str], Tensor], file: Path
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor: Callable[[str], Tensor],
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file of the stated dtypes and shapes, asking for one tensor at a time.
 
@@ -170,7 +225,7 @@ def stream_tensors(
     dtypes come first and the header is padded, so that every tensor is aligned.
     """
     names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         dtype, shape = layout[name]

@@ -1,4 +1,4 @@
-"""A stage's subnetwork in an engine: its masks, from weights or model directories, and gradients held to them."""
+"""A stage's subnetwork in an engine: its masks, from weights, model directories or a file, and gradients held to them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rlpost.core.subnetwork import (
+    FileEntries,
     RandomEntries,
     Subnetwork,
     UpdatedEntries,
@@ -22,6 +23,7 @@ from rlpost.core.subnetwork import (
     with_control,
 )
 from rlpost.engines.forward import linear_layers
+from rlpost.engines.mask_file import MaskFile
 from rlpost.engines.pretrained import StoredTensors
 
 
@@ -29,7 +31,7 @@ class Masks:
     """mask_of(name, weight) for each weight of a policy, one weight at a time.
 
     Raises:
-        ValueError: when a model directory the subnetwork is read from does not hold the policy's weights.
+        ValueError: when what the subnetwork is read from does not hold the policy's weights.
     """
 
     def __init__(self, subnetwork: Subnetwork, policy: PreTrainedModel, *, serve_dtype: torch.dtype) -> None:
@@ -37,6 +39,8 @@ class Masks:
         self._linear = {f"{name}.weight" for name in linear_layers(policy)}
         if isinstance(subnetwork, UpdatedEntries):
             self._stored = [StoredTensors(Path(path)) for path in (subnetwork.before, subnetwork.after)]
+        if isinstance(subnetwork, FileEntries):
+            self._file = MaskFile(Path(subnetwork.path))
 
     def mask_of(self, name: str, weight: Tensor) -> Tensor:
         """bool, of the weight's shape and on its device; True where the stage may change it."""
@@ -47,6 +51,8 @@ class Masks:
         if isinstance(choice, UpdatedEntries):
             before, after = (stored.read(name, weight.shape).to(weight.device) for stored in self._stored)
             mask = updated_mask(before, after, dtype=self._serve_dtype)
+        elif isinstance(choice, FileEntries):
+            mask = self._file.read(name, weight.shape)
         elif name in self._linear:
             mask = principal_mask(weight, rank=choice.rank, density=choice.density)
         else:

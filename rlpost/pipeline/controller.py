@@ -114,6 +114,21 @@ class Archive(Protocol):
     def append(self, patch: WeightPatch) -> None: ...
 
 
+class Observer(Protocol):
+    """Measures versions that are published, in its own time."""
+
+    @property
+    def held(self) -> int | None:
+        """The version it was given last."""
+        ...
+
+    def wants(self, version: int) -> bool: ...
+
+    def see(self, patch: WeightPatch) -> None:
+        """Take a version, complete or as changes of the one `held`; returns at once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
     seed: int
@@ -141,13 +156,14 @@ class Controller:
         *,
         eval_sets: Sequence[EvalSet] = (),
         archive: Archive | None = None,
+        observer: Observer | None = None,
         start: Position | None = None,
         load_from: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
         self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
-        self._archive, self._load_from = archive, load_from
+        self._archive, self._observer, self._load_from = archive, observer, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
         self._bell = Bell()
         self._read: asyncio.Event | None = None  # set once the latest version's weights are read
@@ -440,6 +456,10 @@ class Controller:
             self._bell.ring()
         if self._archive is not None:
             await self._keep(self._archive, export)
+        if self._observer is not None and self._observer.wants(export.version):
+            complete = export.base is not None and export.base != self._observer.held
+            seen = await self._learn("complete export", self.workers.learner.complete()) if complete else export
+            self._observer.see(await self.workers.fetch_version(seen))
 
     async def _keep(self, archive: Archive, export: Export) -> None:
         """Beside learning; the next version is published when this one is on the disk, so that none waits in memory.

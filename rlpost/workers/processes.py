@@ -16,7 +16,7 @@ from rlpost.pipeline.ports import WorkerLost
 
 T = TypeVar("T")
 LOG_TAIL_LINES = 15
-NICENESS = 5
+NICENESS = 10
 
 
 def enter_worker(log_path: Path) -> None:

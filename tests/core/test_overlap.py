@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpost.core.overlap import Overlap, overlap, pooled_overlap
+from rlpost.core.overlap import Overlap, overlap, overlap_with_mask, pooled_overlap
+from rlpost.core.subnetwork import low_magnitude_mask, principal_mask
 
 
 def test_a_planted_overlap_is_counted() -> None:
@@ -50,3 +51,26 @@ def test_an_update_overlaps_wholly_with_itself_and_pooling_adds_counts() -> None
     assert isinstance(total, Overlap) and total.numel == 4000 and total.both == same.both
     assert total.second == 2 * same.second and total.matched == same.matched
     assert overlap(torch.zeros(0), torch.zeros(0), torch.zeros(0)).numel == 0
+
+
+def test_an_update_beside_a_mask_is_counted() -> None:
+    """Of ten entries the update changes four and the mask has five: two are both, and chance is 4 x 5 / 10."""
+    before = torch.arange(1.0, 11.0)
+    after = before.clone()
+    after[[0, 1, 2, 9]] += 0.5
+    found = overlap_with_mask(before, after, low_magnitude_mask(before, density=0.5).roll(1))
+    assert (found.first, found.second, found.both, found.uniform) == (4, 5, 2, 2.0)
+    assert (found.of_first(found.both), found.of_first(found.uniform)) == (0.5, 0.5)
+
+
+def test_an_update_of_small_weights_avoids_principal_ones_by_no_more_than_magnitude_explains() -> None:
+    """A weight with two strong directions; each entry changes with a probability that falls with its magnitude alone."""
+    torch.manual_seed(0)
+    before = torch.randn(200, 2) @ torch.randn(2, 150) + 0.5 * torch.randn(200, 150)
+    after = flip(before, torch.exp(-2 * before.abs()), 1)
+    principal = overlap_with_mask(before, after, principal_mask(before, rank=2, density=0.3))
+    assert principal.of_first(principal.uniform) == pytest.approx(0.3)
+    assert principal.both < 0.5 * principal.uniform
+    assert principal.both == pytest.approx(principal.matched, rel=0.1)
+    low = overlap_with_mask(before, after, low_magnitude_mask(before, density=0.3))
+    assert low.both > 1.5 * low.uniform and low.both == pytest.approx(low.matched, rel=0.02)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpost.core.sparsity import TOLERANCES, absorption_null, changed_rows_and_columns, pooled, spacing, sparsity
+from rlpost.core.sparsity import (
+    TOLERANCES,
+    absorption_null,
+    changed_grid,
+    changed_rows_and_columns,
+    pooled,
+    spacing,
+    sparsity,
+)
 
 
 def paper_sparsity(before: Tensor, after: Tensor, tolerance: float) -> float:
@@ -108,3 +116,22 @@ def test_rows_and_columns_that_changed() -> None:
     rows, columns = changed_rows_and_columns(before, after)
     assert rows.tolist() == [0.0, 0.5, 0.0]
     assert columns.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 0.0])
+
+
+def test_a_grid_has_the_share_of_changed_entries_in_each_of_its_cells() -> None:
+    """[4, 6] in cells of [2, 3]: two entries of the first cell change, six of the last, -0.0 to 0.0 is one."""
+    before = torch.zeros(4, 6)
+    before[0, 0] = -0.0
+    after = torch.zeros(4, 6)
+    after[1, 2] = 1.0
+    after[2:, 3:] = 1.0
+    torch.testing.assert_close(changed_grid(before, after, size=2), torch.tensor([[2 / 6, 0.0], [0.0, 1.0]]))
+
+
+def test_a_matrix_smaller_than_the_grid_is_its_own_picture() -> None:
+    before, after = torch.zeros(3, 200), torch.zeros(3, 200)
+    after[1, :100] = 1.0
+    grid = changed_grid(before, after, size=100)
+    assert grid.shape == (3, 100), "no row is drawn twice"
+    torch.testing.assert_close(grid[1], torch.cat([torch.ones(50), torch.zeros(50)]))
+    assert not grid[[0, 2]].any()

@@ -13,6 +13,7 @@ from rlpost.core.spectrum import (
     intruder_dimensions,
     principal_cosines,
     ranks,
+    rounded_approximation,
     singular_values,
     spectral_shift,
 )
@@ -70,3 +71,25 @@ def test_an_intruder_is_a_top_direction_that_the_base_does_not_have() -> None:
     assert intruder_dimensions(decompose(base), decompose(tuned), k=1) == 1
     nudged = base + 0.1 * torch.outer(direction, torch.ones(5))
     assert intruder_dimensions(decompose(base), decompose(nudged), k=5) == 0
+
+
+def test_what_rank_the_cast_alone_adds() -> None:
+    """Above 1 bfloat16 counts in steps of 2^-7. The update 0.6 (1 2; 2 4) steps, of rank 1, is stored as (1 1; 1 2), whose
+    singular values are 2.618 and 0.382: of rank 2, but so is its best approximation of rank 1, (0.72 1.17; 1.17 1.89), once
+    it is stored. (1 2; 2 4) is stored as it is, and stays of rank 1 whatever is cast."""
+    step, ones = 2.0**-7, torch.ones(2, 2).bfloat16()
+    rounded = (1 + 0.6 * step * torch.tensor([[1.0, 2.0], [2.0, 4.0]])).bfloat16()
+    assert ((rounded.float() - 1) / step).tolist() == [[1, 1], [1, 2]]
+    assert torch.equal(rounded_approximation(ones, rounded, 1), rounded)
+    exact = (1 + step * torch.tensor([[1.0, 2.0], [2.0, 4.0]])).bfloat16()
+    assert torch.equal(rounded_approximation(ones, exact, 1), exact)
+    assert int(torch.linalg.matrix_rank(exact.float() - 1)) == 1
+
+
+def test_two_directions_that_the_cast_did_not_add_are_not_in_the_null() -> None:
+    """diag(8, 4) steps: the approximation of rank 1 is diag(8, 0)."""
+    step, zeros = 2.0**-7, torch.zeros(2, 2).bfloat16()
+    after = (torch.eye(2) + step * torch.diag(torch.tensor([8.0, 4.0]))).bfloat16()
+    null = rounded_approximation(torch.eye(2).bfloat16(), after, 1)
+    assert null.dtype == torch.bfloat16
+    assert torch.equal(null - torch.eye(2).bfloat16(), zeros + step * torch.diag(torch.tensor([8.0, 0.0])).bfloat16())

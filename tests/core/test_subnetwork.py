@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlpost.core.subnetwork import complement_mask, coverage, principal_mask, random_mask, updated_mask, with_control
+from rlpost.core.subnetwork import (
+    complement_mask,
+    coverage,
+    low_magnitude_mask,
+    packed,
+    principal_mask,
+    random_mask,
+    unpacked,
+    updated_mask,
+    with_control,
+)
 
 
 def test_an_entry_is_updated_when_its_served_bytes_differ() -> None:
@@ -30,6 +40,37 @@ def test_principal_entries_count_by_absolute_value_and_ties_go_to_the_first() ->
     weight_MN = torch.tensor([[-4.0, 0.0], [0.0, 1.0]])
     assert principal_mask(weight_MN, rank=2, density=0.25).tolist() == [[True, False], [False, False]]
     assert principal_mask(torch.zeros(2, 2), rank=1, density=0.5).tolist() == [[True, True], [False, False]]
+
+
+def test_principal_entries_are_the_same_from_singular_vectors_at_hand() -> None:
+    weight_MN = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    left_MR = torch.linalg.svd(weight_MN, full_matrices=False).U
+    found = principal_mask(weight_MN, rank=3, density=0.2, left_MR=left_MR)
+    assert torch.equal(found, principal_mask(weight_MN, rank=3, density=0.2))
+    assert not torch.equal(found, principal_mask(weight_MN, rank=3, density=0.2, left_MR=left_MR.roll(1, 1)))
+
+
+def test_small_entries_count_by_absolute_value_and_ties_go_to_the_first() -> None:
+    weight = torch.tensor([[3.0, -1.0, 0.5], [1.0, -0.0, 2.0]])
+    assert low_magnitude_mask(weight, density=0.5).int().tolist() == [[0, 1, 1], [0, 1, 0]]
+    assert low_magnitude_mask(weight.bfloat16(), density=1 / 6).int().tolist() == [[0, 0, 0], [0, 1, 0]]
+
+
+def test_a_mask_is_packed_from_the_lowest_bit_on() -> None:
+    """Entries 0, 3 and 9 of 10: 1 + 8, then 2."""
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask.view(-1)[[0, 3, 9]] = True
+    assert packed(mask).tolist() == [9, 2]
+
+
+@given(shape=st.lists(st.integers(0, 9), max_size=3), seed=st.integers(0, 10))
+def test_a_packed_mask_comes_back(shape: list[int], seed: int) -> None:
+    size = torch.Size(shape)
+    mask = random_mask(size, count=size.numel() // 2, seed=seed, name="w")
+    data = packed(mask)
+    assert len(data) == -(-size.numel() // 8)
+    back = unpacked(data, size)
+    assert back.dtype == torch.bool and back.shape == size and torch.equal(back, mask)
 
 
 @given(size=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 10))

@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
+from rlpost.analysis.mask import write_mask
 from rlpost.core.optimizers import SGD, AdamW, Lion, OptimizerSpec
-from rlpost.core.subnetwork import PrincipalEntries, RandomEntries, Subnetwork, UpdatedEntries, random_mask
+from rlpost.core.subnetwork import (
+    Control,
+    FileEntries,
+    PrincipalEntries,
+    RandomEntries,
+    Subnetwork,
+    UpdatedEntries,
+    random_mask,
+)
+from rlpost.engines.mask_file import write_masks
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.pretrained import save_pretrained
 from rlpost.engines.subnetwork import hold_gradients
@@ -314,6 +324,22 @@ def test_updated_entries_are_those_whose_served_bytes_changed(
     assert not any((others[name] & mask).any() for name, mask in masks.items())  # of the complement
 
 
+@pytest.mark.parametrize("control", [None, "complement"])
+def test_a_stage_on_the_file_of_an_update_is_the_stage_on_the_update(
+    control: Control | None, tied_model: Path, updated_model: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """To the bit, of every weight and every optimizer step."""
+    before, after, file = str(tied_model), str(updated_model[0]), tmp_path / "mask.safetensors"
+    write_mask(before, after, file)
+    update = UpdatedEntries(before=before, after=after, control=control, seed=7)
+    job = replace(job_of(PLAIN, "adamw", tied_model, update), serve_dtype=torch.bfloat16)
+    listed = replace(job, spec=replace(job.spec, subnetwork=FileEntries(path=str(file), control=control, seed=7)))
+    expected, result = run(job), run(listed)
+    assert result.norms == expected.norms and result.num_state == expected.num_state > 0
+    assert not any(moved.any() for moved in moved_entries(expected.masters, result.masters).values())
+    assert any(moved.any() for moved in moved_entries(expected.before, expected.masters).values())
+
+
 def test_principal_entries_are_of_linear_layers_and_not_of_the_output_layer(tiny_model: Path) -> None:
     coverage, _ = coverage_of(tiny_model, PrincipalEntries(rank=2, density=0.25))
     policy = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -334,3 +360,6 @@ def test_a_subnetwork_that_cannot_be_trained_is_refused(tied_model: Path, tiny_m
         coverage_of(tied_model, UpdatedEntries(before=str(tied_model), after=str(tmp_path / "wider")))
     with pytest.raises(ValueError, match="holds no weight"):
         coverage_of(tiny_model, UpdatedEntries(before=str(tiny_model), after=str(tmp_path)))
+    write_masks({"model.norm.weight": torch.Size([3])}, lambda _: torch.ones(3) > 0, tmp_path / "mask", provenance={})
+    with pytest.raises(ValueError, match=r"mask holds no mask of model.embed_tokens.weight, which is of"):
+        coverage_of(tied_model, FileEntries(path=str(tmp_path / "mask")))

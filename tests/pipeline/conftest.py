@@ -123,8 +123,8 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, lora=None,
-    serve_adapter=False, **RunSettings)"""
+    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, observer=None,
+    lora=None, serve_adapter=False, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
@@ -140,6 +140,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         archive: Any = None,
         lora: LoraSpec | None = None,
         serve_adapter: bool = False,
+        observer: Any = None,
         **settings: Any,
     ) -> Run:
         torch.manual_seed(0)
@@ -162,6 +163,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             run_settings,
             eval_sets=eval_sets,
             archive=archive,
+            observer=observer,
             start=start,
             load_from=load_from,
         )

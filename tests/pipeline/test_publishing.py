@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlpost.archive import VersionArchive
+from rlpost.analysis.live import ObservedStage, VersionObserver
+from rlpost.analysis.measure import analyze
+from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import UpdateRefused
+from rlpost.core.sparsity import pooled
 from rlpost.core.weights import checksum
 from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
@@ -213,6 +216,36 @@ def test_an_archive_holds_every_version_whatever_is_published(make_run: MakeRun,
         for version, digest in digests.items():
             rebuilt = archive.rebuild(version)
             assert {name: checksum(tensor) for name, tensor in rebuilt.tensors.items()} == digest
+
+
+@pytest.mark.parametrize("budget", [1e9, 0.0])
+def test_an_observer_measures_what_was_published_and_changes_nothing(
+    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float
+) -> None:
+    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone."""
+    stage = make_stage(staleness=0, steps=5)
+    alone = make_run([stage]).start()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows: list[Any] = []
+    observed = ObservedStage(name="rl", first=0, last=5, start=tiny_model)
+    observer = VersionObserver(
+        [observed], run_dir, lambda _, row: rows.append(row), lambda *_: None, spectra_every=9, budget=budget
+    )
+    run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer).start()
+    observer.close(60)
+    assert run.digest == alone.digest and run.losses() == alone.losses()
+    figures = {row["step"]: row for row in rows if "step" in row}
+    assert 5 in figures and {v for row in figures.values() for v in [row["step"], *row["passed"]]} == set(range(1, 6))
+    assert budget or list(figures) == [5]
+    for version, row in figures.items():
+        (update,) = analyze(str(tiny_model), [f"{run_dir}@{version}"], dtype=torch.float32).updates
+        assert row["unchanged_since_start"] == pytest.approx(pooled(r.sparsity for r in update.rows).unchanged)
+        assert row["weights"].keys() == {r.name for r in update.rows}
+        if "unchanged" in row:
+            (step,) = analyze(f"{run_dir}@{version - 1}", [f"{run_dir}@{version}"]).updates
+            assert row["unchanged"] == pytest.approx(pooled(r.sparsity for r in step.rows).unchanged)
+    assert (run_dir / "analysis" / "rl.html").exists()
 
 
 @pytest.mark.parametrize("beside", [True, False])

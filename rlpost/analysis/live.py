@@ -1,0 +1,219 @@
+"""A run watched while it trains: each published version against the last one and against the start of its stage."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.analysis.figures import heat_map
+from rlpost.analysis.measure import Analysis, measure
+from rlpost.analysis.report import write_report
+from rlpost.analysis.stored import HeldVersion, Versions, open_version
+from rlpost.core.moved import Moved, MovedEntries, pooled_moved
+from rlpost.core.patch import WeightPatch, patched
+from rlpost.core.weights import in_model_order, weight_kind
+from rlpost.tracking import FILES, read_rows
+from rlpost.types import WeightImage
+
+NICENESS = 19
+REPORTS = "analysis"
+"""Where the directory of a run has the reports."""
+LARGEST = 1024
+"""Matrices with more singular values are left to `rlpost analyze --spectra`: one of 4096 takes a minute."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedStage:
+    """Steps `first` + 1 to `last` of a run.
+
+    Example:
+        ObservedStage(name="math", first=400, last=500, start=Path("runs/a/exports/warmup"))
+    """
+
+    name: str
+    first: int
+    last: int
+    start: Path
+    """The model directory it begins with: there once its first step is published."""
+
+
+class VersionObserver:
+    """Receives versions as samplers do, proves them, and measures them in a thread of its own, at the lowest priority.
+
+    It spends at most `budget` of the run's time: while it is behind, or is still at work, it lets versions pass, and says
+    which. The last version of a stage it always takes.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[ObservedStage],
+        run_dir: Path,
+        log: Callable[[str, Mapping[str, Any]], None],
+        show: Callable[[str, int, bytes], None],
+        *,
+        spectra_every: int,
+        budget: float = 0.02,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            run_dir: its analysis/<stage>.html is the report of a stage, written when it ends.
+            log: takes rows of kind "analysis", and events.
+            show: takes a picture's name, its step and its PNG.
+            spectra_every: versions from one whose update is decomposed to the next, counted from the start of a stage.
+            budget: share of one core's time.
+        """
+        self._stages, self._run_dir, self._log, self._show = stages, run_dir, log, show
+        self._spectra_every = spectra_every
+        self._budget, self._clock, self._started, self._spent_s = budget, clock, clock(), 0.0
+        self._given: int | None = None
+        self._passed: list[int] = []
+        self._failed = threading.Event()
+        self._work: queue.Queue[tuple[WeightPatch, list[int]] | None] = queue.Queue()
+        self._image: WeightImage | None = None
+        self._stage: ObservedStage | None = None
+        self._start: dict[str, Tensor] = {}
+        self._entries: dict[str, MovedEntries] = {}
+        self._counts: dict[str, _Counts] = {}
+        self._thread = threading.Thread(target=self._serve, name="observer", daemon=True)
+        self._thread.start()
+
+    @property
+    def held(self) -> int | None:
+        """The version it was given last."""
+        return self._given
+
+    def wants(self, version: int) -> bool:
+        """Whether it takes this version; one that it does not is noted in the next row."""
+        if self._failed.is_set():
+            return False
+        ends_stage = version in {stage.last for stage in self._stages}
+        behind = self._work.unfinished_tasks or self._spent_s > self._budget * (self._clock() - self._started)
+        if behind and not ends_stage and self._given is not None:
+            self._passed.append(version)
+            return False
+        return True
+
+    def see(self, patch: WeightPatch) -> None:
+        """Take a version, complete or as changes of the one `held`; returns at once."""
+        self._given = patch.version
+        self._work.put((patch, self._passed))
+        self._passed = []
+
+    def close(self, limit_s: float) -> None:
+        """Wait until everything taken is measured."""
+        self._work.put(None)
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            self._give_up(f"the last versions took longer than {limit_s:g} s")
+
+    # -- in its thread -------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        torch.set_num_threads(1)
+        try:
+            while (item := self._work.get()) is not None:
+                began = time.thread_time()
+                try:
+                    self._measure(*item)
+                finally:
+                    self._spent_s += time.thread_time() - began
+                    self._work.task_done()
+        except Exception as error:  # noqa: BLE001 - who watches a run must not end it; said once, and it stops watching
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, detail: str) -> None:
+        self._failed.set()
+        self._log("event", {"event": "observer_failed", "detail": detail})
+
+    def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
+        seen_before = self._image is not None
+        self._image = patched(self._image if patch.base is not None else None, patch)
+        version = patch.version
+        stage = next((stage for stage in self._stages if stage.first < version <= stage.last), None)
+        if not seen_before or stage is None:
+            return  # what a run begins or goes on with is no update of it
+        if stage is not self._stage:
+            self._begin(stage)
+        self._count(patch)
+        row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
+        analysis = None
+        if version == stage.last or (version - stage.first) % self._spectra_every == 0:
+            analysis = self._analysis(stage, version)
+            found = {r.name: asdict(r.spectrum.ranks) for r in analysis.updates[0].rows if r.spectrum is not None}
+            row["ranks"] = found
+            self._show("unchanged", version, heat_map(analysis))
+        self._log("analysis", row)
+        if version == stage.last and analysis is not None:
+            self._report(stage, analysis)
+
+    def _begin(self, stage: ObservedStage) -> None:
+        assert self._image is not None
+        stored, served = open_version(str(stage.start)), self._image.tensors
+        self._stage = stage
+        self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in served.items()}
+        self._entries = {name: MovedEntries(start) for name, start in self._start.items()}
+        self._counts = {}
+
+    def _count(self, patch: WeightPatch) -> None:
+        assert self._image is not None
+        for name, present in self._image.tensors.items():
+            changed = patch.tensors[name].num_changed
+            known = self._counts.get(name)
+            moved = known.moved if known and not changed else self._entries[name].update(present)
+            self._counts[name] = _Counts(None if patch.base is None else changed, moved)
+
+    def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
+        assert self._image is not None
+        versions = [HeldVersion(self._start), HeldVersion(self._image.tensors)]
+        return measure(Versions([str(stage.start), f"version {version}"], versions), spectra=True, largest=LARGEST)
+
+    def _report(self, stage: ObservedStage, analysis: Analysis) -> None:
+        """With what was logged of the stage, before a resume too."""
+        rows = read_rows(self._run_dir / FILES["analysis"])
+        path = self._run_dir / REPORTS / f"{stage.name}.html"
+        path.parent.mkdir(exist_ok=True)
+        write_report(path, analysis, history=[row for row in rows if row["stage"] == stage.name])
+        self._log("event", {"event": "report", "stage": stage.name, "path": str(path)})
+
+    def _figures(self) -> dict[str, Any]:
+        of_kind: dict[str, list[_Counts]] = {}
+        for name, counts in self._counts.items():
+            of_kind.setdefault(weight_kind(name), []).append(counts)
+        return {
+            **_shares(self._counts.values()),
+            "kinds": {kind: _shares(of_kind[kind]) for kind in in_model_order(of_kind)},
+            "weights": {name: _shares([counts]) for name, counts in self._counts.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of one weight at one version."""
+
+    changed: int | None
+    """Entries that differ from the version before; None where that one was not seen."""
+    moved: Moved
+
+
+def _shares(parts: Iterable[_Counts]) -> dict[str, float]:
+    """Of all entries; `returned` of those that ever moved."""
+    every = list(parts)
+    moved = pooled_moved(part.moved for part in every)
+    changed = [part.changed for part in every if part.changed is not None]
+    return {
+        **({"unchanged": 1 - sum(changed) / moved.numel} if len(changed) == len(every) else {}),
+        "unchanged_since_start": 1 - moved.now / moved.numel,
+        "ever_moved": moved.ever / moved.numel,
+        "returned": moved.returned / moved.ever if moved.ever else 0.0,
+    }

@@ -1,0 +1,312 @@
+"""Which weights updates moved, what shape each update has, and what several have in common: one pass over their versions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.analysis.stored import Versions, open_versions
+from rlpost.core.overlap import Overlap, overlap, pooled_overlap
+from rlpost.core.sparsity import (
+    RELATIVE,
+    TOLERANCES,
+    Sparsity,
+    changed_grid,
+    changed_rows_and_columns,
+    pooled,
+    sparsity,
+)
+from rlpost.core.spectrum import (
+    Ranks,
+    decompose,
+    intruder_dimensions,
+    principal_cosines,
+    ranks,
+    singular_values,
+    spectral_shift,
+)
+from rlpost.core.weights import in_model_order, weight_kind, weight_layer
+
+TOP = 10
+"""Leading directions that are compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """Of the update to one matrix, and of what it did to the matrix."""
+
+    ranks: Ranks
+    singular_values: tuple[float, ...]
+    """Of the float32 difference, descending."""
+    shift: float | None
+    """`core.spectrum.spectral_shift`."""
+    smallest_cosine: float
+    """Of the angles between the top directions before and after."""
+    intruders: int
+    """Intruder dimensions among the top directions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRow:
+    """What an update did to one weight of the model.
+
+    Example:
+        WeightRow(name="model.layers.0.mlp.up_proj.weight", kind="up", layer=0, shape=(344, 128), dtype="bfloat16", ...)
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: Sparsity
+    untouched_rows: int | None
+    """Rows without a changed entry; None of anything but a matrix."""
+    untouched_columns: int | None
+    spectrum: Spectrum | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """From the version that all began with to one of the others."""
+
+    after: str
+    """Where that lies, as it was given."""
+    rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...]
+    """What is not compared as it stands; see `stored.Versions`."""
+    pictures: Mapping[str, Tensor]
+    """`core.sparsity.changed_grid` of the matrices of the layer in the middle of the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What two updates share, by kind of weight, then of "all"."""
+
+    first: str
+    second: str
+    kinds: Mapping[str, Overlap]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """One or more updates of one model, and every two of them compared."""
+
+    before: str
+    updates: tuple[Update, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untouched:
+    """Shares of the rows and columns of matrices without a changed entry."""
+
+    rows: float
+    columns: float
+    chance_rows: float
+    """The same if as many entries of each matrix were changed, evenly spread: (unchanged share) ^ (entries of a row)."""
+    chance_columns: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanSpectrum:
+    """Of several matrices, each counting alike."""
+
+    num_matrices: int
+    numerical: float
+    """Ranks here are shares of the most there could be."""
+    entropy: float
+    energy_90: float
+    shift: float | None
+    smallest_cosine: float
+    """The smallest of any of them."""
+    intruders: int
+    """In all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """Several weights, such as those of a kind or of a layer."""
+
+    num_weights: int
+    sparsity: Sparsity
+    untouched: Untouched | None
+    """None without a matrix."""
+    spectrum: MeanSpectrum | None
+    """None without a matrix that was decomposed."""
+
+
+def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, spectra: bool = False) -> Analysis:
+    """Every weight of the versions; of those in files, one weight of each is in memory at a time.
+
+    Args:
+        before, after: as `open_version` takes them.
+        dtype: what all are rounded to first, such as the one that samplers serve; None: as they are stored.
+        spectra: ranks and geometry too, which take decompositions.
+
+    Raises:
+        ValueError: as `stored.open_versions`; or naming a weight that is not finite.
+    """
+    return measure(open_versions([before, *after], dtype=dtype), spectra=spectra)
+
+
+def measure(versions: Versions, *, spectra: bool = False, largest: int | None = None) -> Analysis:
+    """As `analyze`, of opened versions.
+
+    Args:
+        largest: matrices with more singular values are not decomposed; None: all are, if `spectra`.
+    """
+    before, *after = versions.places
+    rows: list[list[WeightRow]] = [[] for _ in after]
+    pictures: list[dict[str, Tensor]] = [{} for _ in after]
+    pairs = list(itertools.combinations(range(len(after)), 2))
+    shared: list[dict[str, list[Overlap]]] = [{} for _ in pairs]
+    pictured = _middle_layer(versions.names)
+    for name in versions.names:
+        base, *others = versions.tensors(name)
+        for index, other in enumerate(others):
+            try:
+                small = largest is None or min(base.shape, default=0) <= largest
+                rows[index].append(weigh(name, base, other, spectra=spectra and small))
+            except ValueError as error:
+                raise ValueError(f"{before} and {after[index]}: {name}: {error}") from error
+            if name in pictured and base.ndim == 2:
+                pictures[index][name] = changed_grid(base, other)
+        for kinds, (first, second) in zip(shared, pairs, strict=True):
+            kinds.setdefault(weight_kind(name), []).append(overlap(base, others[first], others[second]))
+    return Analysis(
+        before=before,
+        updates=tuple(
+            Update(after=where, rows=tuple(found), notes=tuple(notes), pictures=drawn)
+            for where, found, notes, drawn in zip(after, rows, versions.notes[1:], pictures, strict=True)
+        ),
+        comparisons=tuple(
+            Comparison(first=after[first], second=after[second], kinds=_pooled_kinds(kinds))
+            for kinds, (first, second) in zip(shared, pairs, strict=True)
+        ),
+    )
+
+
+def weigh(name: str, before: Tensor, after: Tensor, *, spectra: bool = False) -> WeightRow:
+    """Raises ValueError when shapes or dtypes differ, or an entry is not finite."""
+    counts = sparsity(before, after)
+    is_matrix = before.ndim == 2 and before.numel() > 0
+    untouched = (
+        [int((share == 0).sum()) for share in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
+    )
+    return WeightRow(
+        name=name,
+        kind=weight_kind(name),
+        layer=weight_layer(name),
+        shape=tuple(before.shape),
+        dtype=str(before.dtype).removeprefix("torch."),
+        sparsity=counts,
+        untouched_rows=untouched[0],
+        untouched_columns=untouched[1],
+        spectrum=_spectrum(before, after) if spectra and is_matrix else None,
+    )
+
+
+def by_kind(rows: Sequence[WeightRow]) -> dict[str, list[WeightRow]]:
+    """The rows of each kind of weight, in the order of a model; then all of them under "all"."""
+    kinds = in_model_order({row.kind for row in rows})
+    return {kind: [row for row in rows if row.kind == kind] for kind in kinds} | {"all": list(rows)}
+
+
+def by_layer(rows: Sequence[WeightRow]) -> dict[int, list[WeightRow]]:
+    """The rows of each layer, in order; those of no layer are left out."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    return {layer: [row for row in rows if row.layer == layer] for layer in layers}
+
+
+def pool(rows: Sequence[WeightRow]) -> Pooled:
+    return Pooled(
+        num_weights=len(rows),
+        sparsity=pooled(row.sparsity for row in rows),
+        untouched=_untouched([row for row in rows if row.untouched_rows is not None]),
+        spectrum=_mean_spectrum([row.spectrum for row in rows if row.spectrum is not None and row.spectrum.ranks.full]),
+    )
+
+
+def plain(analysis: Analysis) -> dict[str, Any]:
+    """Every figure as plain data, for JSON: of each update pooled by kind and of each weight, and the comparisons."""
+    return {
+        "before": analysis.before,
+        "tolerances": TOLERANCES,
+        "relative": RELATIVE,
+        "updates": {
+            update.after: {
+                "notes": update.notes,
+                "kinds": {k: _plain(pooled(row.sparsity for row in rows)) for k, rows in by_kind(update.rows).items()},
+                "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in update.rows],
+            }
+            for update in analysis.updates
+        },
+        "overlaps": [asdict(comparison) for comparison in analysis.comparisons],
+    }
+
+
+def _middle_layer(names: Sequence[str]) -> set[str]:
+    """Weights of the layer in the middle; of no layer, where a model has none."""
+    layers = {name: weight_layer(name) for name in names}
+    numbers = sorted({layer for layer in layers.values() if layer is not None})
+    middle = numbers[len(numbers) // 2] if numbers else None
+    return {name for name, layer in layers.items() if layer == middle}
+
+
+def _pooled_kinds(of_kind: Mapping[str, Sequence[Overlap]]) -> dict[str, Overlap]:
+    every = [part for parts in of_kind.values() for part in parts]
+    return {kind: pooled_overlap(of_kind[kind]) for kind in in_model_order(of_kind)} | {"all": pooled_overlap(every)}
+
+
+def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
+    sigma_R = singular_values(before_MK, after_MK)
+    old, new = decompose(before_MK), decompose(after_MK)
+    return Spectrum(
+        ranks=ranks(sigma_R, (before_MK.shape[0], before_MK.shape[1])),
+        singular_values=tuple(sigma_R.tolist()),
+        shift=spectral_shift(old, new),
+        smallest_cosine=float(principal_cosines(old, new, TOP)[-1]),
+        intruders=intruder_dimensions(old, new, k=TOP),
+    )
+
+
+def _untouched(matrices: Sequence[WeightRow]) -> Untouched | None:
+    if not matrices:
+        return None
+    num_rows, num_columns = (sum(row.shape[axis] for row in matrices) for axis in (0, 1))
+    return Untouched(
+        rows=sum(row.untouched_rows or 0 for row in matrices) / num_rows,
+        columns=sum(row.untouched_columns or 0 for row in matrices) / num_columns,
+        chance_rows=sum(row.shape[0] * row.sparsity.unchanged ** row.shape[1] for row in matrices) / num_rows,
+        chance_columns=sum(row.shape[1] * row.sparsity.unchanged ** row.shape[0] for row in matrices) / num_columns,
+    )
+
+
+def _mean_spectrum(spectra: Sequence[Spectrum]) -> MeanSpectrum | None:
+    if not spectra:
+        return None
+    shifts = [spectrum.shift for spectrum in spectra if spectrum.shift is not None]
+    return MeanSpectrum(
+        num_matrices=len(spectra),
+        numerical=fmean(s.ranks.numerical / s.ranks.full for s in spectra),
+        entropy=fmean(s.ranks.entropy / s.ranks.full for s in spectra),
+        energy_90=fmean(s.ranks.energy_90 / s.ranks.full for s in spectra),
+        shift=fmean(shifts) if shifts else None,
+        smallest_cosine=min(s.smallest_cosine for s in spectra),
+        intruders=sum(s.intruders for s in spectra),
+    )
+
+
+def _plain(counts: Sparsity) -> dict[str, Any]:
+    return asdict(counts) | {
+        "within": {f"{tolerance:g}": count for tolerance, count in counts.within.items()},
+        "unchanged": counts.unchanged,
+        "rms_update": counts.rms_update,
+    }
