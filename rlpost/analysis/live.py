@@ -20,7 +20,7 @@ from rlpost.analysis.report import write_report
 from rlpost.analysis.stored import HeldVersion, Versions, open_version
 from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
-from rlpost.core.weights import in_model_order, weight_kind
+from rlpost.core.weights import adapter_names, bits, in_model_order, merged, weight_kind
 from rlpost.tracking import FILES, read_rows
 from rlpost.types import WeightImage
 
@@ -80,6 +80,8 @@ class VersionObserver:
         self._failed = threading.Event()
         self._work: queue.Queue[tuple[WeightPatch, list[int]] | None] = queue.Queue()
         self._image: WeightImage | None = None
+        self._weights: Mapping[str, Tensor] = {}
+        """Those of the image; with an adapter that is published beside them, what it makes of them."""
         self._stage: ObservedStage | None = None
         self._start: dict[str, Tensor] = {}
         self._entries: dict[str, MovedEntries] = {}
@@ -139,13 +141,14 @@ class VersionObserver:
     def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
         seen_before = self._image is not None
         self._image = patched(self._image if patch.base is not None else None, patch)
+        before, self._weights = self._weights, merged(self._image.tensors)
         version = patch.version
         stage = next((stage for stage in self._stages if stage.first < version <= stage.last), None)
         if not seen_before or stage is None:
             return  # what a run begins or goes on with is no update of it
         if stage is not self._stage:
             self._begin(stage)
-        self._count(patch)
+        self._count(patch, before)
         row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
         analysis = None
         if version == stage.last or (version - stage.first) % self._spectra_every == 0:
@@ -158,24 +161,24 @@ class VersionObserver:
             self._report(stage, analysis)
 
     def _begin(self, stage: ObservedStage) -> None:
-        assert self._image is not None
-        stored, served = open_version(str(stage.start)), self._image.tensors
+        stored = open_version(str(stage.start))
         self._stage = stage
-        self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in served.items()}
+        self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in self._weights.items()}
         self._entries = {name: MovedEntries(start) for name, start in self._start.items()}
         self._counts = {}
 
-    def _count(self, patch: WeightPatch) -> None:
-        assert self._image is not None
-        for name, present in self._image.tensors.items():
-            changed = patch.tensors[name].num_changed
+    def _count(self, patch: WeightPatch, before: Mapping[str, Tensor]) -> None:
+        for name, present in self._weights.items():
+            if adapter_names(name)[0] in patch.tensors:
+                changed = int((bits(before[name]) != bits(present)).sum())
+            else:
+                changed = patch.tensors[name].num_changed
             known = self._counts.get(name)
             moved = known.moved if known and not changed else self._entries[name].update(present)
             self._counts[name] = _Counts(None if patch.base is None else changed, moved)
 
     def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
-        assert self._image is not None
-        versions = [HeldVersion(self._start), HeldVersion(self._image.tensors)]
+        versions = [HeldVersion(self._start), HeldVersion(self._weights)]
         return measure(Versions([str(stage.start), f"version {version}"], versions), spectra=True, largest=LARGEST)
 
     def _report(self, stage: ObservedStage, analysis: Analysis) -> None:

@@ -135,4 +135,4 @@ def add_adapter_in_two_products() -> None:
         for part, a_11RN, b_11MR in zip(parts, lora_a_stacked, lora_b_stacked, strict=True):
             part += nn.functional.linear(nn.functional.linear(x, a_11RN[0, 0]), b_11MR[0, 0])
 
-    PunicaWrapperCPU.add_lora_linear = add_lora_linear
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear  # pyright: ignore[reportAttributeAccessIssue]

@@ -218,13 +218,17 @@ def test_an_archive_holds_every_version_whatever_is_published(make_run: MakeRun,
             assert {name: checksum(tensor) for name, tensor in rebuilt.tensors.items()} == digest
 
 
-@pytest.mark.parametrize("budget", [1e9, 0.0])
+@pytest.mark.parametrize(
+    ("budget", "adapter"),
+    [(1e9, {}), (0.0, {}), (1e9, {"lora": LoraSpec(rank=4, alpha=8.0, targets=("q_proj",)), "serve_adapter": True})],
+)
 def test_an_observer_measures_what_was_published_and_changes_nothing(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float
+    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float, adapter: dict[str, Any]
 ) -> None:
-    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone."""
+    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone. Of an adapter
+    beside its base they are of the weights that the two make."""
     stage = make_stage(staleness=0, steps=5)
-    alone = make_run([stage]).start()
+    alone = make_run([stage], **adapter).start()
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     rows: list[Any] = []
@@ -232,12 +236,15 @@ def test_an_observer_measures_what_was_published_and_changes_nothing(
     observer = VersionObserver(
         [observed], run_dir, lambda _, row: rows.append(row), lambda *_: None, spectra_every=9, budget=budget
     )
-    run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer).start()
+    run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer, **adapter).start()
     observer.close(60)
     assert run.digest == alone.digest and run.losses() == alone.losses()
     figures = {row["step"]: row for row in rows if "step" in row}
     assert 5 in figures and {v for row in figures.values() for v in [row["step"], *row["passed"]]} == set(range(1, 6))
     assert budget or list(figures) == [5]
+    if adapter:
+        moved = {name for name, weight in figures[5]["weights"].items() if weight["unchanged_since_start"] < 1}
+        assert moved == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
     for version, row in figures.items():
         (update,) = analyze(str(tiny_model), [f"{run_dir}@{version}"], dtype=torch.float32).updates
         assert row["unchanged_since_start"] == pytest.approx(pooled(r.sparsity for r in update.rows).unchanged)
