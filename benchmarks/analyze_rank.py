@@ -1,9 +1,10 @@
-"""The numerical rank of an update, and its spectrum: `core.rank` and `core.spectrum` against `torch.linalg`, same results.
+"""The numerical rank of an update, and its spectrum: `core.rank` and `core.spectrum` against `torch.linalg.matrix_rank`, which
+needs the spectrum; the ranks have to be the same.
 
     python -m benchmarks.analyze_rank
     python -m benchmarks.analyze_rank --sizes 1024 --rounds 5
 
-Square float32 updates of four kinds; the rounds of the two sides alternate, and a ratio is of the two medians.
+Square float32 updates of four kinds; the three alternate, and a ratio is of two medians.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlpost.core.rank import numerical_rank
+from rlpost.core.spectrum import ranks, singular_values
 
 
 def updates(size: int) -> dict[str, Tensor]:
@@ -36,10 +39,10 @@ def updates(size: int) -> dict[str, Tensor]:
     }
 
 
-def seconds(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    found = run()
+    return time.perf_counter() - started, found
 
 
 def main() -> None:
@@ -49,17 +52,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{'size':>5} {'update':<20} {'rank':>5} {'matrix_rank':>12} {'numerical_rank':>15} {'ratio':>6}")
+    print(f"{'size':>5} {'update':<18} {'rank':>5} {'matrix_rank':>12} {'numerical_rank':>21} {'singular_values':>21}")
     for size in options.sizes:
         for name, update in updates(size).items():
-            found = numerical_rank(update)
-            assert found == int(torch.linalg.matrix_rank(update))
-            pairs = [
-                (seconds(lambda: torch.linalg.matrix_rank(update)), seconds(lambda: numerical_rank(update)))  # noqa: B023
-                for _ in range(options.rounds)
-            ]
-            theirs, ours = (median(times) for times in zip(*pairs, strict=True))
-            print(f"{size:5} {name:<20} {found:5} {theirs:10.2f} s {ours:13.2f} s {theirs / ours:6.1f}", flush=True)
+            expected, rounds = numerical_rank(update), []
+            for _ in range(options.rounds):
+                direct, theirs = timed(lambda: int(torch.linalg.matrix_rank(update)))  # noqa: B023
+                counted, found = timed(lambda: numerical_rank(update))  # noqa: B023
+                spectrum, sigma_R = timed(lambda: singular_values(torch.zeros(()), update))  # noqa: B023
+                assert theirs == expected == found == ranks(sigma_R, (size, size)).numerical
+                rounds.append((direct, counted, spectrum))
+            direct, counted, spectrum = (median(times) for times in zip(*rounds, strict=True))
+            print(
+                f"{size:5} {name:<18} {expected:5} {direct:10.2f} s {counted:10.2f} s {direct / counted:5.1f} x"
+                f" {spectrum:10.2f} s {direct / spectrum:5.1f} x",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

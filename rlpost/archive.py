@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from rlpost.checkpoint import sync_directory
 from rlpost.core.delta import encode
@@ -61,18 +65,39 @@ def patch_directory(before: Path, patch_file: Path, output: Path) -> None:
     refuse_removed(base.names, patch.tensors)
     files = base.files()
     files[max(files)] += sorted(patch.tensors.keys() - set(base.names))
+    rewrite_directory(
+        before,
+        output,
+        files,
+        {name: (tensor.dtype, tensor.shape) for name, tensor in patch.tensors.items()},
+        lambda name: patched_tensor(patch, name, base.tensor(name) if name in base.names else None),
+    )
+
+
+def rewrite_directory(
+    source: Path,
+    output: Path,
+    files: Mapping[Path, Sequence[str]],
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Write a model directory like `source` with other weights, asking for one at a time; `output` is there when it is whole.
+
+    Args:
+        files: of `source`, with the names that each is to hold.
+        layout: dtype and shape of each.
+
+    Raises:
+        ValueError: when `output` is there already; and what `tensor` raises.
+    """
     with beside(output) as partial:
         partial.mkdir(parents=True)
-        for file in other_files(before):
+        for file in other_files(source):
             shutil.copy(file, partial / file.name)
         for file, names in files.items():
-            stream_tensors(
-                {name: (patch.tensors[name].dtype, patch.tensors[name].shape) for name in names},
-                lambda name: patched_tensor(patch, name, base.tensor(name) if name in base.names else None),
-                partial / file.name,
-            )
-        if (before / INDEX).is_file():
-            total = sum(tensor.full_bytes for tensor in patch.tensors.values())
+            stream_tensors({name: layout[name] for name in names}, tensor, partial / file.name)
+        if (source / INDEX).is_file():
+            total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
             places = {name: file.name for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")

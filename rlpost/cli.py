@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
     train.add_argument("--resume", action="store_true", help="continue from the run directory's last checkpoint")
 
+    study = commands.add_parser("study", help="make the runs of a study, analyze and compare their updates")
+    study.add_argument("study", type=Path, metavar="STUDY")
+    study.add_argument("--dry-run", action="store_true", help="print the runs and start none")
+
     summary = commands.add_parser("summary", help="print the summary of a run directory")
     summary.add_argument("run_dir", type=Path)
 
@@ -77,6 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what differs once rounded to it has changed: the one samplers serve (default: bfloat16)",
     )
 
+    dampen = commands.add_parser("dampen", help="scale down a tuned model's intruder dimensions, against forgetting")
+    dampen.add_argument("before", help="what the model was tuned from; as for analyze")
+    dampen.add_argument("after", type=Path, help="a model directory")
+    dampen.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+    dampen.add_argument("--scale", type=float, default=0.7, help="of their singular values (default: 0.7)")
+    dampen.add_argument("--top", type=int, default=10, metavar="K", help="of so many leading directions (default: 10)")
+    dampen.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.5,
+        help="an intruder's cosine with any direction before is below (default: 0.5)",
+    )
+
     diff = commands.add_parser("diff", help="write what changed between two model directories to a file")
     diff.add_argument("before", type=Path)
     diff.add_argument("after", type=Path)
@@ -99,12 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(arguments)
+        if arguments.command == "study":
+            return _study(arguments)
         if arguments.command == "summary":
             return _summary(arguments.run_dir)
         if arguments.command == "analyze":
             return _analyze(arguments)
         if arguments.command == "mask":
             return _mask(arguments)
+        if arguments.command == "dampen":
+            return _dampen(arguments)
         if arguments.command == "diff":
             return _diff(arguments)
         if arguments.command == "patch":
@@ -148,6 +169,26 @@ def _train(arguments: argparse.Namespace) -> int:
         from rlpost.run import run_recipe
 
         return run_recipe(recipe, resume=arguments.resume, console=console)
+    except RecipeError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlpost.config import RecipeError
+    from rlpost.study.plan import load_study
+
+    console = Console(soft_wrap=True)
+    try:
+        study = load_study(arguments.study)
+        if arguments.dry_run:
+            for run in (study.start, *study.runs):
+                console.print(f"{run.arm}, seed {run.seed}: {' '.join(run.overrides)}", markup=False, highlight=False)
+            return 0
+        from rlpost.study.run import run_study
+
+        return run_study(study, arguments.study.stem, console)
     except RecipeError as error:
         return _stopped(str(error), exit_codes.USAGE)
 
@@ -225,6 +266,22 @@ def _mask(arguments: argparse.Namespace) -> int:
     touched = sum(bool(count) for count, _ in chosen.values())
     sys.stdout.write(
         f"{arguments.output}: {count:,} of {total:,} entries ({count / total:.2%}), in {touched} of {len(chosen)} weights\n"
+    )
+    return 0
+
+
+def _dampen(arguments: argparse.Namespace) -> int:
+    from rlpost.analysis.dampen import dampen
+
+    options = {"scale": arguments.scale, "k": arguments.top, "epsilon": arguments.epsilon}
+    try:
+        found = dampen(arguments.before, arguments.after, arguments.output, **options)
+    except ValueError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+    num_matrices = sum(map(bool, found.values()))
+    sys.stdout.write(
+        f"{arguments.output}: {sum(found.values())} intruder dimensions in {num_matrices} of {len(found)} matrices, scaled to"
+        f" {arguments.scale:g}\n"
     )
     return 0
 

@@ -547,6 +547,8 @@ class UpdatedEntries(Table):
     select: Literal["update"]
     before: str
     after: str
+    dtype: Dtype | None = None
+    """In which the two are compared; None: the one that samplers serve."""
     control: Literal["random", "complement"] | None = None
     """Instead: as many entries of each weight, chosen at random of all, or of those left out."""
     seed: int = 0

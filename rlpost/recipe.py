@@ -49,7 +49,7 @@ def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise RecipeError("\n".join(explain(problem) for problem in error.errors())) from None
 
 
 def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,11 +100,15 @@ def _thaw(node: Any) -> Any:
     return [_thaw(value) for value in node] if isinstance(node, list) else node
 
 
-def _explain(problem: Any) -> str:
-    """One line for one of pydantic's errors, in the recipe's own terms."""
+def explain(problem: Any, table: type[BaseModel] = Table) -> str:
+    """One line for one of pydantic's errors, in the file's own terms.
+
+    Args:
+        table: the file's keys are those of the tables that derive from it.
+    """
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(location, str(problem["loc"][-1]), *_tables(Table))
+        return _unknown_key(location, str(problem["loc"][-1]), *_tables(table))
     if problem["type"] == "missing":
         return f"{location}: this key is required"
     given = problem["input"]

@@ -43,7 +43,7 @@ def open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: 
     """Make a fresh directory, or find the checkpoint to continue from."""
     stored = run_dir / RECIPE
     if not resume:
-        if stored.exists():
+        if is_claimed(run_dir):
             raise RecipeError(
                 f"{run_dir} already holds a run: continue it with --resume, choose another run_dir, or delete it"
             )
@@ -53,15 +53,9 @@ def open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: 
         except OSError as error:
             raise RecipeError(f"run_dir = {run_dir} cannot be written ({error.strerror}): choose another") from error
         return None
-    if not stored.exists():
+    if not is_claimed(run_dir):
         raise RecipeError(f"nothing to resume: {run_dir} holds no run. Start it without --resume")
-    try:
-        before: Mapping[str, Any] = json.loads(stored.read_text())["recipe"]
-    except (ValueError, KeyError) as error:
-        raise RecipeError(f"{stored} is damaged ({error}): bring it back, or choose another run_dir") from error
-    now = recipe.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in RESUMABLE and now[key] != before.get(key))
-    if changed:
+    if changed := changed_keys(recipe, run_dir):
         raise RecipeError(
             f"the recipe differs from the one this run began with in {changed}. Resume with the recipe as it was"
             f" ({stored}); only {sorted(RESUMABLE)} may change"
@@ -79,6 +73,21 @@ def open_run_directory(recipe: Recipe, run_dir: Path, *, resume: bool, console: 
     elif run_ended(run_dir):
         raise RecipeError(f"nothing to resume: the run in {run_dir} is complete (step {checkpoint.position.step})")
     return checkpoint
+
+
+def is_claimed(run_dir: Path) -> bool:
+    return (run_dir / RECIPE).exists()
+
+
+def changed_keys(recipe: Recipe, run_dir: Path) -> list[str]:
+    """What the run in the directory began with otherwise, of what decides its result."""
+    stored = run_dir / RECIPE
+    try:
+        before: Mapping[str, Any] = json.loads(stored.read_text())["recipe"]
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{stored} is damaged ({error}): bring it back, or choose another run_dir") from error
+    now = recipe.model_dump(mode="json")
+    return sorted(key for key in now if key not in RESUMABLE and now[key] != before.get(key))
 
 
 def claim(run_dir: Path, recipe: Recipe) -> None:

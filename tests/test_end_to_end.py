@@ -166,9 +166,11 @@ def test_an_adapter_travels_alone_and_every_version_of_it_is_a_model(command: Ca
     """In float32 and at a scale of 2, so that a version checked out at the end of a stage is its export in every byte. Short
     responses are rewarded, as an untrained policy gives no right ones to learn from."""
     shaped = [f"stage.{stage}.reward.cosine_length={{}}" for stage in ("math", "code")]
-    adapter = ["learner.lora={rank=4, alpha=8}", "publish={policy='adapter', archive={anchor_every=4}}"]
-    run = command(*SMALL, *shaped, *adapter)
+    adapter = ["learner.lora={rank=4, alpha=8}", "publish.policy=adapter", "publish.archive.anchor_every=4"]
+    run = command(*SMALL, *shaped, *adapter, "publish.observer.budget=1")
     assert run.finish() == 0, run.text()[-3000:]
+    observed = [row for row in run.rows("analysis.jsonl") if row["step"] == 12]
+    assert observed and observed[0]["kinds"]["up"]["ever_moved"] > 0.1 and "lora_A" not in observed[0]["kinds"]
     rows = [row for row in run.rows() if row["stage"] != "warmup"]
     fresh = [row["mismatch/logprob_gap_mean_age_0"] for row in rows if "mismatch/logprob_gap_mean_age_0" in row]
     assert fresh and all(gap < 1e-5 for gap in fresh)

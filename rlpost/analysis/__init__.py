@@ -4,7 +4,7 @@
     adapter.py  one of them: base and LoRA      mask.py      the entries that an update changed, as a file
     tables.py   for a terminal                  figures.py   for a page or a paper, in one style.py
     report.py   a page of HTML                  output.py    which file gets what
-    live.py     a run watched while it trains
+    live.py     a run watched while it trains   dampen.py    a tuned model without its intruders
 
 `core.sparsity`, `core.spectrum` and `core.overlap` have the measures themselves.
 """

@@ -20,7 +20,7 @@ from rlpost.analysis.report import write_report
 from rlpost.analysis.stored import HeldVersion, Versions, open_version
 from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
-from rlpost.core.weights import adapter_names, bits, in_model_order, merged, weight_kind
+from rlpost.core.weights import bits, in_model_order, merged, weight_kind
 from rlpost.tracking import FILES, read_rows
 from rlpost.types import WeightImage
 
@@ -80,8 +80,8 @@ class VersionObserver:
         self._failed = threading.Event()
         self._work: queue.Queue[tuple[WeightPatch, list[int]] | None] = queue.Queue()
         self._image: WeightImage | None = None
-        self._weights: Mapping[str, Tensor] = {}
-        """Those of the image; with an adapter that is published beside them, what it makes of them."""
+        self._plain: WeightImage | None = None
+        """The same with an adapter that was published beside the weights merged into them."""
         self._stage: ObservedStage | None = None
         self._start: dict[str, Tensor] = {}
         self._entries: dict[str, MovedEntries] = {}
@@ -101,9 +101,13 @@ class VersionObserver:
         ends_stage = version in {stage.last for stage in self._stages}
         behind = self._work.unfinished_tasks or self._spent_s > self._budget * (self._clock() - self._started)
         if behind and not ends_stage and self._given is not None:
-            self._passed.append(version)
+            self.let_pass(version)
             return False
         return True
+
+    def let_pass(self, version: int) -> None:
+        """Note that this version is not to be had any more."""
+        self._passed.append(version)
 
     def see(self, patch: WeightPatch) -> None:
         """Take a version, complete or as changes of the one `held`; returns at once."""
@@ -139,16 +143,16 @@ class VersionObserver:
         self._log("event", {"event": "observer_failed", "detail": detail})
 
     def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
-        seen_before = self._image is not None
+        before = self._plain
         self._image = patched(self._image if patch.base is not None else None, patch)
-        before, self._weights = self._weights, merged(self._image.tensors)
+        self._plain = WeightImage(version=patch.version, tensors=merged(self._image.tensors))
         version = patch.version
         stage = next((stage for stage in self._stages if stage.first < version <= stage.last), None)
-        if not seen_before or stage is None:
+        if before is None or stage is None:
             return  # what a run begins or goes on with is no update of it
         if stage is not self._stage:
             self._begin(stage)
-        self._count(patch, before)
+        self._count(before, self._plain)
         row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
         analysis = None
         if version == stage.last or (version - stage.first) % self._spectra_every == 0:
@@ -161,24 +165,25 @@ class VersionObserver:
             self._report(stage, analysis)
 
     def _begin(self, stage: ObservedStage) -> None:
-        stored = open_version(str(stage.start))
+        assert self._plain is not None
+        stored, served = open_version(str(stage.start)), self._plain.tensors
         self._stage = stage
-        self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in self._weights.items()}
+        self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in served.items()}
         self._entries = {name: MovedEntries(start) for name, start in self._start.items()}
         self._counts = {}
 
-    def _count(self, patch: WeightPatch, before: Mapping[str, Tensor]) -> None:
-        for name, present in self._weights.items():
-            if adapter_names(name)[0] in patch.tensors:
-                changed = int((bits(before[name]) != bits(present)).sum())
-            else:
-                changed = patch.tensors[name].num_changed
+    def _count(self, before: WeightImage, present: WeightImage) -> None:
+        follows = before.version == present.version - 1
+        for name, tensor in present.tensors.items():
+            last = before.tensors[name]
             known = self._counts.get(name)
-            moved = known.moved if known and not changed else self._entries[name].update(present)
-            self._counts[name] = _Counts(None if patch.base is None else changed, moved)
+            changed = 0 if last is tensor else int((bits(last) != bits(tensor)).sum())
+            moved = known.moved if known and not changed else self._entries[name].update(tensor)
+            self._counts[name] = _Counts(changed if follows else None, moved)
 
     def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
-        versions = [HeldVersion(self._start), HeldVersion(self._weights)]
+        assert self._plain is not None
+        versions = [HeldVersion(self._start), HeldVersion(self._plain.tensors)]
         return measure(Versions([str(stage.start), f"version {version}"], versions), spectra=True, largest=LARGEST)
 
     def _report(self, stage: ObservedStage, analysis: Analysis) -> None:

@@ -51,7 +51,7 @@ def render_report(analysis: Analysis, *, history: History = ()) -> str:
     labels = short_names([update.after for update in analysis.updates])
     pairs = itertools.combinations(labels, 2)
     rows = analysis.updates[0].rows
-    return _template().render(
+    return template(Path(__file__).with_name("report.html")).render(
         before=printable(analysis.before),
         updates=[_shown(update, label) for update, label in zip(analysis.updates, labels, strict=True)],
         comparisons=[(*pair, found.kinds) for pair, found in zip(pairs, analysis.comparisons, strict=True)],
@@ -75,16 +75,17 @@ def _shown(update: Update, label: str) -> _Shown:
     )
 
 
-def _template() -> jinja2.Template:
+def template(file: Path) -> jinja2.Template:
+    """A page's, with filters for figures; it may include page.css."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([file.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "points": _points, "small": _small, "size": _size, "count": _count}
-    return environment.get_template("report.html")
+    return environment.get_template(file.name)
 
 
 def _percent(share: float | None, digits: int = 2) -> str:

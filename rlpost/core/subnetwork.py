@@ -31,10 +31,12 @@ class _Controlled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatedEntries(_Controlled):
-    """Those that differ between two model directories, as samplers are served them."""
+    """Those that differ between two model directories."""
 
     before: str
     after: str
+    dtype: str | None = None
+    """What both are rounded to; None: the dtype that samplers serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ Coverage = Mapping[str, tuple[int, int]]
 
 
 def updated_mask(before: Tensor, after: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """True where the two differ in any bit once rounded to `dtype`, the one samplers serve."""
+    """True where the two differ in any bit once rounded to `dtype`."""
     assert before.shape == after.shape
     return bits(before.to(dtype)) != bits(after.to(dtype))
 

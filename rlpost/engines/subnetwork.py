@@ -50,7 +50,8 @@ class Masks:
             return random_mask(weight.shape, count=count, seed=choice.seed, name=name).to(weight.device)
         if isinstance(choice, UpdatedEntries):
             before, after = (stored.read(name, weight.shape).to(weight.device) for stored in self._stored)
-            mask = updated_mask(before, after, dtype=self._serve_dtype)
+            dtype = self._serve_dtype if choice.dtype is None else getattr(torch, choice.dtype)
+            mask = updated_mask(before, after, dtype=dtype)
         elif isinstance(choice, FileEntries):
             mask = self._file.read(name, weight.shape)
         elif name in self._linear:

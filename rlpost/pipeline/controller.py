@@ -124,6 +124,10 @@ class Observer(Protocol):
 
     def wants(self, version: int) -> bool: ...
 
+    def let_pass(self, version: int) -> None:
+        """It wanted this version, which is not to be had any more."""
+        ...
+
     def see(self, patch: WeightPatch) -> None:
         """Take a version, complete or as changes of the one `held`; returns at once."""
         ...
@@ -169,6 +173,7 @@ class Controller:
         self._read: asyncio.Event | None = None  # set once the latest version's weights are read
         self._publishing: asyncio.Task[None] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
+        self._showing: asyncio.Task[None] | None = None
         self._evals: list[asyncio.Task[None]] = []
         self._evaluating = Ledger("train", clock)
         self._refills = self._failed_rollouts = self._ended_rollouts = 0
@@ -330,6 +335,8 @@ class Controller:
         if self._publishing is not None:
             await self._publishing
         await asyncio.gather(*self._evals)
+        if self._showing is not None:
+            await self._showing
         self._bell.ring()
 
     async def _checkpoint(self) -> None:
@@ -456,10 +463,22 @@ class Controller:
             self._bell.ring()
         if self._archive is not None:
             await self._keep(self._archive, export)
-        if self._observer is not None and self._observer.wants(export.version):
-            complete = export.base is not None and export.base != self._observer.held
-            seen = await self._learn("complete export", self.workers.learner.complete()) if complete else export
-            self._observer.see(await self.workers.fetch_version(seen))
+        if self._observer is not None:
+            self._showing = self._tasks.create_task(self._show(self._observer, export, self._showing))
+
+    async def _show(self, observer: Observer, export: Export, showing: asyncio.Task[None] | None) -> None:
+        """Beside everything else, one version after another."""
+        if showing is not None:
+            await showing
+        if not observer.wants(export.version):
+            return
+        if export.base is not None and export.base != observer.held:
+            complete = await self._learn("complete export", self.workers.learner.complete())
+            if complete.version != export.version:  # the next one has been exported meanwhile
+                observer.let_pass(export.version)
+                return
+            export = complete
+        observer.see(await self.workers.fetch_version(export))
 
     async def _keep(self, archive: Archive, export: Export) -> None:
         """Beside learning; the next version is published when this one is on the disk, so that none waits in memory.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,8 @@ THRESHOLD = torch.finfo(torch.float32).eps
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "DIRECT", 0)
+    monkeypatch.setattr(rank, "BLOCK", 32)
+    monkeypatch.setattr(rank, "CHUNK", 4000)
 
 
 @pytest.fixture
@@ -64,6 +68,7 @@ def test_it_is_matrix_ranks_for_spectra_that_fall_through_the_threshold_at_any_s
     assert same(matrix)
 
 
+@pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("shape", [(300, 200), (160, 240), (200, 200)])
 @pytest.mark.parametrize("offset", [0.0, 1e-6, 1e-3, 1e-2, 0.03, 0.1, 0.5])
 @pytest.mark.parametrize("low_rank", [True, False])
@@ -77,6 +82,21 @@ def test_it_is_matrix_ranks_with_singular_values_around_the_threshold(
         assert same(planted([1.0] * (10 if low_rank else 140) + near, shape, seed))
 
 
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("near", [0.994, 1.006])
+def test_it_is_matrix_ranks_where_float32_puts_singular_values_on_the_other_side_of_the_threshold(near: float) -> None:
+    """Half of 256 are 0.6 % off the threshold, more than float64 is, and float32's rounding spreads them by 1 %."""
+    update = planted([1.0] * 128 + [256 * THRESHOLD * near] * 128, (256, 256))
+    assert 128 < int(torch.linalg.matrix_rank(update)) < 256
+    assert same(update)
+
+
+@pytest.mark.usefixtures("every_size")
+def test_more_directions_than_random_vectors_are_not_taken_for_as_many() -> None:
+    """70 of 1 and 12 of 1.2 thresholds: all 80 found count, and so do two more."""
+    assert numerical_rank(planted([1.0] * 70 + [300 * THRESHOLD * 1.2] * 12, (300, 200))) == 82
+
+
 def gaussian(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -84,17 +104,34 @@ def gaussian(shape: tuple[int, int], seed: int = 0) -> Tensor:
 @pytest.mark.usefixtures("without_singular_values")
 @pytest.mark.parametrize("scale", [1e-27, 1.0, 1e30])
 def test_what_it_counts_without_singular_values(scale: float) -> None:
-    """Dense, 16 directions, directions 1e-4 of the largest (above 300 eps = 4e-5) and 1e-5 (below), and few rows."""
+    """Dense, directions 1e-4 of the largest (above 300 eps = 4e-5) and 1e-5 (below), and few rows."""
     shape = (300, 200)
+    assert numerical_rank(torch.zeros(shape)) == 0
     assert numerical_rank(scale * gaussian(shape)) == 200
     assert numerical_rank(scale * gaussian(shape).T) == 200
-    assert numerical_rank(scale * planted([1.0] * 16, shape)) == 16
     assert numerical_rank(scale * planted([1.0] * 120 + [1e-4] * 30 + [1e-5] * 30, shape)) == 150
     rows = torch.zeros(shape)
     rows[::50] = scale * gaussian((6, 200))
     assert numerical_rank(rows) == 6
     rows[0, 0] = 100 * scale * 200**0.5
     assert numerical_rank(rows) == 6
+
+
+@pytest.mark.usefixtures("without_singular_values")
+def test_few_directions_are_counted_without_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank, "gram", lambda *_: pytest.fail("multiplied"))
+    for num in (1, 16, 79):
+        assert numerical_rank(planted([10.0 ** (-i / 40) for i in range(num)], (300, 200))) == num
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 40])
+def test_the_largest_eigenvalue_is_between_its_bounds(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one step the bound from below is an average, and no excess above it that is tried is enough."""
+    monkeypatch.setattr(rank, "NUM_LANCZOS", num_steps)
+    product = rank.gram(gaussian((150, 120)))
+    low, high = rank._top_eigenvalue(product)
+    assert low <= float(torch.linalg.eigvalsh(product)[-1]) * (1 + 1e-12) < high
+    assert (high == math.inf) == (num_steps == 1) and (high == 1.001 * low) == (num_steps == 40)
 
 
 @pytest.mark.usefixtures("without_singular_values")

@@ -43,6 +43,31 @@ def test_the_rank_rule_is_matrix_ranks_on_spectra_that_fall_through_its_threshol
         assert found.numerical == int(torch.linalg.matrix_rank(update)) and 10 < found.numerical < 30
 
 
+@pytest.mark.parametrize("shape", [(300, 280), (280, 300)])
+def test_a_large_spectrum_is_found_without_a_decomposition_and_is_float32s(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty directions are zero: in float64 products they are noise of 1e-8, in float32 of 1e-7."""
+    update = matrix([10.0 ** (-i / 100) for i in range(220)], shape=shape).float()
+    expected = torch.linalg.svdvals(update.double())
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda *_: pytest.fail("decomposed"))
+    found = singular_values(torch.zeros(shape), update)
+    assert found.dtype == torch.float32 and len(found) == 280
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    assert ranks(found, shape).numerical == 220
+
+
+def test_the_rank_of_a_large_spectrum_is_matrix_ranks_where_rounding_decides_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlpost.core.spectrum.DIRECT", 0)
+    for seed in range(20):
+        near = [200 * 2.0**-23 * (1 + 1e-3 * (i - 10)) for i in range(20)]
+        update = matrix([1.0] * 20 + near, shape=(200, 60), seed=seed).float()
+        found = ranks(singular_values(torch.zeros(200, 60), update), (200, 60)).numerical
+        assert found == int(torch.linalg.matrix_rank(update))
+
+
 def test_ranks_of_a_spectrum_worked_by_hand() -> None:
     """Sigma 3, 1: energies 9 and 1; p = 3/4, 1/4."""
     found = ranks(torch.tensor([3.0, 1.0, 0.0]), (3, 5))

@@ -1,0 +1,39 @@
+"""A study from end to end: its runs, their updates, one table and one page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+
+from rlpost.analysis.report import write_report
+from rlpost.exit_codes import FAILED
+from rlpost.study.page import render, write_page
+from rlpost.study.plan import Study
+from rlpost.study.results import arm_analysis, arm_result
+from rlpost.study.runs import RunFailed, make_runs
+
+PAGE, FIGURES = "study.html", "results.json"
+
+
+def run_study(study: Study, name: str, console: Console) -> int:
+    """Make what runs are missing, then analyze all of them; returns the process's exit code."""
+    try:
+        make_runs(study, lambda line: console.print(line, markup=False, highlight=False))
+    except RunFailed as error:
+        console.print(str(error), markup=False)
+        console.print("When that is mended, the same command goes on with it", markup=False)
+        return FAILED
+    results, reports = [], {}
+    for arm in study.config.arm:
+        analysis = arm_analysis(study, arm.name)
+        results.append(arm_result(study, arm.name, analysis))
+        report = study.of_arm(arm.name)[0].directory.parent / "report.html"
+        write_report(report, analysis)
+        reports[arm.name] = str(report.relative_to(study.directory))
+    (study.directory / FIGURES).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    write_page(study.directory / PAGE, name, results, reports=reports, dtype=study.config.dtype)
+    console.print(render(results))
+    console.print(f"page: {study.directory / PAGE}, figures: {study.directory / FIGURES}", markup=False)
+    return 0
