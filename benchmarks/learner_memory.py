@@ -95,7 +95,7 @@ def exercise(path: Path, config: Configuration, *, vocabulary: int, tokens: int)
     from rlpost.core.optimizers import OPTIMIZERS
     from rlpost.core.subnetwork import PrincipalEntries
     from rlpost.engines.deepspeed_learner import DeepSpeedLearner
-    from rlpost.engines.lora import LoraSpec
+    from rlpost.engines.lora_layers import LoraSpec
     from rlpost.types import Prompt, Rollout, RolloutGroup, VersionSpan
     from rlpost.workers.learner_service import LearnerService
 

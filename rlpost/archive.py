@@ -18,6 +18,7 @@ from torch import Tensor
 from rlpost.checkpoint import sync_directory
 from rlpost.core.delta import encode
 from rlpost.core.patch import PatchWriter, WeightPatch, from_bytes, patched_tensor, rebuilt, refuse_removed, write_patch
+from rlpost.core.weights import merged
 from rlpost.engines.pretrained import (
     INDEX,
     StoredTensors,
@@ -230,6 +231,8 @@ class VersionArchive:
 def checkout(run_dir: Path, version: int, output: Path) -> None:
     """Write a version of the run's archive as a model directory; what is no weight is that of the model the run began with.
 
+    An adapter that was published beside its base is merged into it.
+
     Raises:
         ValueError: when `output` is there already, the run has no such version, or its first model is gone.
     """
@@ -244,7 +247,7 @@ def checkout(run_dir: Path, version: int, output: Path) -> None:
     if model_path is None:
         where = models[-1] if models else run_dir / "model"
         raise ValueError(f"{where}, whose config and tokenizer the run in {run_dir} uses, is gone: bring it back")
-    save_pretrained(archive.rebuild(version).tensors, model_path, output)
+    save_pretrained(merged(archive.rebuild(version).tensors), model_path, output)
 
 
 def _chain(bases: Mapping[int, int | None], version: int) -> list[int]:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
+MAX_SERVED_RANK = 512
+"""vLLM's (`vllm.config.lora.MaxLoRARanks`)."""
 
 
 class RecipeError(ValueError):
@@ -179,7 +181,7 @@ OptimizerConfig = Annotated[AdamW | Lion | SGD, Field(discriminator="name"), Bef
 
 
 class LoraConfig(Table):
-    """Train an adapter s B A on linear layers instead of the weights; what is published is merged (docs/algorithms.md)."""
+    """Train an adapter s B A on linear layers instead of the weights; publish.policy says how it is served."""
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
@@ -243,6 +245,9 @@ class PublishConfig(Table):
     encoding: Literal["delta", "full"] = "delta"
     """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
     another version gets all of them. full: every version whole."""
+    policy: Literal["merged", "adapter"] = "merged"
+    """What samplers are sent under learner.lora. merged: plain weights, with the adapter in them. adapter: the base as it is and
+    the adapter beside it, so that a version is the adapter's changes (docs/algorithms.md)."""
     archive: ArchiveConfig | None = None
     observer: ObserverConfig | None = None
     """Takes twice the weights of the driver's memory."""
@@ -691,7 +696,27 @@ class Recipe(Table):
             _check_data(stage.name, self.data[stage.data], stage.algo)
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
+        _check_served(self.sampler, self.learner, self.publish)
         return self
+
+
+def _check_served(sampler: SamplerConfig, learner: LearnerConfig, publish: PublishConfig) -> None:
+    if publish.policy != "adapter":
+        return
+    if learner.lora is None:
+        raise ValueError(
+            'publish.policy = "adapter", and there is none: add [learner.lora], or leave publish.policy at "merged"'
+        )
+    if learner.lora.rank > MAX_SERVED_RANK:
+        raise ValueError(
+            f"learner.lora.rank = {learner.lora.rank}, and vLLM serves adapters up to rank {MAX_SERVED_RANK}: use a lower"
+            ' rank, or publish.policy = "merged"'
+        )
+    if sampler.gpus and sampler.dtype == "float32":
+        raise ValueError(
+            'publish.policy = "adapter" with sampler.dtype = "float32", and vLLM\'s GPU kernels take adapters in 16 bits: use'
+            ' sampler.dtype = "bfloat16", or publish.policy = "merged"'
+        )
 
 
 def _check_batch(stage: StageConfig, learner: LearnerConfig) -> None:

@@ -93,6 +93,8 @@ class LearnerShape:
     reference: bool = False
     critic: bool = False
     serve_width: Literal[2, 4] = 2
+    serves_adapter: bool = False
+    """Beside the weights, not merged."""
     subnetwork: float | None = None
     """Share of the weights that a stage changes at most; None: no stage trains a subnetwork."""
 
@@ -215,13 +217,14 @@ def learner_memory(shape: LearnerShape) -> Mapping[Moment, Mapping[str, float]]:
     """Bytes of one rank by moment and part; the learner's peak is the largest sum.
 
     On CPU all of it. On a GPU that of the GPU: the image of what was published, `serve_width` bytes for each of the rank's
-    weights, is in the host's memory, as is what changed while it is exported.
+    weights and of what it serves beside them, is in the host's memory, as is what changed while it is exported.
     """
     policy = states(shape, shape.trained, shape.parameters if shape.adapter else 0, shape.subnetwork)
     model = shape.architecture
     without_head = shape.parameters - (0 if model is None or model.tied else model.vocabulary * model.hidden)
     critic = states(shape, without_head) if shape.critic else NO_STATES
-    image = 0.0 if shape.on_gpu else shape.serve_width * shape.parameters / shape.ranks
+    published = shape.parameters + (shape.trained if shape.serves_adapter else 0)
+    image = 0.0 if shape.on_gpu else shape.serve_width * published / shape.ranks
     activations, layer = activation_bytes(shape), layer_workspace_bytes(shape)
     held = {
         "weights": policy.weights,

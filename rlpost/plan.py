@@ -112,10 +112,10 @@ def num_trained(recipe: Recipe, parameters: int | None) -> int | None:
     lora, build = recipe.learner.lora, recipe.model.build
     if lora is None:
         return parameters
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which would look for others
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would look for others
     from transformers import AutoConfig, LlamaConfig
 
-    from rlpost.engines.lora import LoraSpec, num_adapter_parameters
+    from rlpost.engines.lora_layers import LoraSpec, num_adapter_parameters
 
     if build is not None:
         config = LlamaConfig(
@@ -155,7 +155,7 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         "sampler (vLLM)",
         str(sampler.workers),
         f"{sampler.gpus} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
-        _sampler_memory(recipe, parameters),
+        _sampler_memory(recipe, parameters, trained),
     )
     workers.add_row(
         f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
@@ -200,11 +200,14 @@ def _stage_plan(stage: StageConfig) -> Text:
     )
 
 
-def _sampler_memory(recipe: Recipe, parameters: int | None) -> str:
+def _sampler_memory(recipe: Recipe, parameters: int | None, trained: int | None) -> str:
     sampler = recipe.sampler
     if parameters is None:
         return "-"
     weights = parameters * DTYPE_BYTES[sampler.dtype] / max(sampler.gpus, 1)
+    adapter = ""
+    if recipe.publish.policy == "adapter":
+        adapter = f" + {'an' if trained is None else _size(trained * DTYPE_BYTES[sampler.dtype])} adapter"
     cache = (
         f"{sampler.kv_cache_mib} MiB"
         if sampler.kv_cache_mib
@@ -212,7 +215,7 @@ def _sampler_memory(recipe: Recipe, parameters: int | None) -> str:
         if sampler.gpus
         else "64 MiB"
     )
-    return f"{_size(weights)} weights + {cache} KV"
+    return f"{_size(weights)} weights{adapter} + {cache} KV"
 
 
 def _what_is_trained(recipe: Recipe, trained: int | None) -> str:
@@ -221,7 +224,10 @@ def _what_is_trained(recipe: Recipe, trained: int | None) -> str:
         return "all weights"
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     size = f"{trained / 1e6:,.3g} M parameters" if trained else "size unknown before the model is downloaded"
-    return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets} ({size})"
+    place = "merged into" if recipe.publish.policy == "merged" else "beside"
+    return (
+        f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets} ({size}), published {place} the weights"
+    )
 
 
 def learner_shape(recipe: Recipe, parameters: int | None, trained: int | None) -> LearnerShape | None:
@@ -245,6 +251,7 @@ def learner_shape(recipe: Recipe, parameters: int | None, trained: int | None) -
         reference=any(_needs_reference(algo) for algo in algos),
         critic=any(isinstance(algo, PPO) for algo in algos),
         serve_width=DTYPE_BYTES[recipe.sampler.dtype],
+        serves_adapter=recipe.publish.policy == "adapter",
         subnetwork=_subnetwork_share(recipe),
     )
 

@@ -95,7 +95,7 @@ def _check_lora(lora: LoraConfig, model_path: Path) -> None:
     """Refuse layers that the model does not have, before a learner is asked for them."""
     from transformers import AutoConfig
 
-    from rlpost.engines.lora import LoraSpec, num_adapter_parameters
+    from rlpost.engines.lora_layers import LoraSpec, num_adapter_parameters
 
     try:
         num_adapter_parameters(AutoConfig.from_pretrained(model_path), LoraSpec(**lora.model_dump()))

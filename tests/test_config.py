@@ -115,6 +115,7 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("learner.lora={rank=4, alfa=8}", r"learner.lora.alfa: no such key; did you mean 'alpha'"),
         ("learner.lora={rank=0, alpha=8}", r"learner.lora.rank.*greater than 0"),
         ("learner.lora={rank=4, alpha=8, targets=[]}", r"learner.lora.targets"),
+        ("publish.policy=adapter", r'publish.policy = "adapter", and there is none: add \[learner.lora\]'),
         ("learner.optimizer={name='lion', eps=1e-8}", r"learner.optimizer.lion.eps: 'eps' .* has no meaning in this"),
         ("learner.optimizer={momentum=0.9}", r"learner.optimizer.adamw.momentum: 'momentum' .* has no meaning"),
         ("learner.optimizer={name='adam'}", r"learner.optimizer: .*'adamw', 'lion', 'sgd'"),
@@ -251,6 +252,41 @@ def test_the_plan_of_an_adapter_counts_what_is_trained(tiny_model: Path) -> None
     assert "on q_proj, v_proj (size unknown before the model is downloaded)" in rendered(hub)
     with pytest.raises(RecipeError, match=r"'w1' is no layer of LlamaForCausalLM .* 'q_proj'"):
         num_trained(build_recipe(tree(model={"path": str(tiny_model)}), [*lora, "learner.lora.targets=['w1']"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lora.rank=513", "learner.lora.rank = 513, and vLLM serves adapters up to rank 512"),
+        (
+            "sampler={gpus=1, dtype='float32'}",
+            'sampler.dtype = "float32", and vLLM\'s GPU kernels take adapters in 16 bits',
+        ),
+    ],
+)
+def test_an_adapter_that_no_sampler_could_serve_is_refused(override: str, message: str) -> None:
+    beside = ["learner.lora={rank=512, alpha=8}", "publish.policy=adapter"]
+    build_recipe(TREE, beside)
+    with pytest.raises(RecipeError, match=message):
+        build_recipe(TREE, [*beside, override])
+    build_recipe(TREE, [beside[0], override])
+
+
+def test_the_plan_counts_an_adapter_that_is_served_beside_the_weights(tiny_model: Path) -> None:
+    """A hundred million: 0.2 GB in each sampler, and as much again in the image of a learner on the CPU."""
+    lora = "learner.lora={rank=4, alpha=8}"
+    plans, images = [], []
+    for policy in ("merged", "adapter"):
+        recipe = build_recipe(tree(model={"path": str(tiny_model)}), [lora, f"publish.policy={policy}"])
+        shape = learner_shape(recipe, 10**9, 10**8)
+        assert shape is not None
+        images.append(learner_memory(shape)["step"]["image"])
+        plans.append(rendered(recipe))
+    assert images == [2e9, 2.2e9]
+    assert "published merged into the weights" in plans[0] and "published beside the weights" in plans[1]
+    assert "0 MiB adapter" in plans[1] and "adapter +" not in plans[0]
+    hub = [rendered(build_recipe(TREE, [lora, f"publish.policy={policy}"])) for policy in ("merged", "adapter")]
+    assert "13.0 GiB weights + 64 MiB KV" in hub[0] and "13.0 GiB weights + an adapter" in hub[1]
 
 
 def test_a_run_begins_with_the_largest_moment_of_its_memory_plan(tiny_model: Path) -> None:

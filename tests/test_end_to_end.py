@@ -162,6 +162,29 @@ def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[...
     )
 
 
+def test_an_adapter_travels_alone_and_every_version_of_it_is_a_model(command: Callable[..., Command]) -> None:
+    """In float32 and at a scale of 2, so that a version checked out at the end of a stage is its export in every byte. Short
+    responses are rewarded, as an untrained policy gives no right ones to learn from."""
+    shaped = [f"stage.{stage}.reward.cosine_length={{}}" for stage in ("math", "code")]
+    adapter = ["learner.lora={rank=4, alpha=8}", "publish.policy=adapter", "publish.archive.anchor_every=4"]
+    run = command(*SMALL, *shaped, *adapter, "publish.observer.budget=1")
+    assert run.finish() == 0, run.text()[-3000:]
+    observed = [row for row in run.rows("analysis.jsonl") if row["step"] == 12]
+    assert observed and observed[0]["kinds"]["up"]["ever_moved"] > 0.1 and "lora_A" not in observed[0]["kinds"]
+    rows = [row for row in run.rows() if row["stage"] != "warmup"]
+    fresh = [row["mismatch/logprob_gap_mean_age_0"] for row in rows if "mismatch/logprob_gap_mean_age_0" in row]
+    assert fresh and all(gap < 1e-5 for gap in fresh)
+    cost = {row["publish/version"]: row["publish/bytes"] / row["publish/full_bytes"] for row in rows}
+    assert cost.keys() >= set(range(7, 16))
+    # A stage's first version brings what the last one's adapter, merged, changed.
+    assert all((cost[version] < 0.15) == (version not in (7, 13)) for version in range(7, 16))
+    for version, stage in ((12, "math"), (16, "code")):
+        out = run.run_dir / f"version-{version}"
+        assert cli.main(["checkout", str(run.run_dir), "--version", str(version), "-o", str(out)]) == 0
+        exported = run.run_dir / "exports" / stage / "model.safetensors"
+        assert (out / "model.safetensors").read_bytes() == exported.read_bytes()
+
+
 def test_a_killed_sampler_is_replaced_and_a_killed_learner_ends_the_run_with_its_name_and_a_way_on(
     command: Callable[..., Command],
 ) -> None:

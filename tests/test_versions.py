@@ -26,7 +26,7 @@ from rlpost.analysis.stored import open_version, open_versions
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import diff
 from rlpost.core.weights import bits
-from rlpost.engines.lora import LoraSpec
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.pretrained import StoredTensors, save_pretrained
 from rlpost.types import WeightImage

@@ -20,7 +20,7 @@ from rlpost.analysis.report import write_report
 from rlpost.analysis.stored import HeldVersion, Versions, open_version
 from rlpost.core.moved import Moved, MovedEntries, pooled_moved
 from rlpost.core.patch import WeightPatch, patched
-from rlpost.core.weights import bits, in_model_order, weight_kind
+from rlpost.core.weights import bits, in_model_order, merged, weight_kind
 from rlpost.tracking import FILES, read_rows
 from rlpost.types import WeightImage
 
@@ -80,6 +80,8 @@ class VersionObserver:
         self._failed = threading.Event()
         self._work: queue.Queue[tuple[WeightPatch, list[int]] | None] = queue.Queue()
         self._image: WeightImage | None = None
+        self._plain: WeightImage | None = None
+        """The same with an adapter that was published beside the weights merged into them."""
         self._stage: ObservedStage | None = None
         self._start: dict[str, Tensor] = {}
         self._entries: dict[str, MovedEntries] = {}
@@ -141,15 +143,16 @@ class VersionObserver:
         self._log("event", {"event": "observer_failed", "detail": detail})
 
     def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
-        before = self._image
-        self._image = patched(before if patch.base is not None else None, patch)
+        before = self._plain
+        self._image = patched(self._image if patch.base is not None else None, patch)
+        self._plain = WeightImage(version=patch.version, tensors=merged(self._image.tensors))
         version = patch.version
         stage = next((stage for stage in self._stages if stage.first < version <= stage.last), None)
         if before is None or stage is None:
             return  # what a run begins or goes on with is no update of it
         if stage is not self._stage:
             self._begin(stage)
-        self._count(before, self._image)
+        self._count(before, self._plain)
         row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
         analysis = None
         if version == stage.last or (version - stage.first) % self._spectra_every == 0:
@@ -162,8 +165,8 @@ class VersionObserver:
             self._report(stage, analysis)
 
     def _begin(self, stage: ObservedStage) -> None:
-        assert self._image is not None
-        stored, served = open_version(str(stage.start)), self._image.tensors
+        assert self._plain is not None
+        stored, served = open_version(str(stage.start)), self._plain.tensors
         self._stage = stage
         self._start = {name: stored.tensor(name).to(tensor.dtype) for name, tensor in served.items()}
         self._entries = {name: MovedEntries(start) for name, start in self._start.items()}
@@ -179,8 +182,8 @@ class VersionObserver:
             self._counts[name] = _Counts(changed if follows else None, moved)
 
     def _analysis(self, stage: ObservedStage, version: int) -> Analysis:
-        assert self._image is not None
-        versions = [HeldVersion(self._start), HeldVersion(self._image.tensors)]
+        assert self._plain is not None
+        versions = [HeldVersion(self._start), HeldVersion(self._plain.tensors)]
         return measure(Versions([str(stage.start), f"version {version}"], versions), spectra=True, largest=LARGEST)
 
     def _report(self, stage: ObservedStage, analysis: Analysis) -> None:

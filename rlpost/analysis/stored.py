@@ -14,6 +14,7 @@ from torch import Tensor
 from rlpost.analysis.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MergedAdapter
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import check_chain, rebuilt_tensor
+from rlpost.core.weights import adapter_names, is_of_adapter, merged
 from rlpost.engines.pretrained import StoredTensors, check_weights, downloaded
 from rlpost.tracking import FILES, read_rows
 
@@ -60,7 +61,8 @@ class HeldVersion:
 
 
 class ArchivedVersion:
-    """A version of a run's archive; each weight is rebuilt when it is asked for, and proved by its checksum."""
+    """A version of a run's archive; each weight is rebuilt when it is asked for, and proved by its checksum. An adapter that was
+    published beside the weights is merged into them."""
 
     def __init__(self, archive: VersionArchive, version: int) -> None:
         """Raises ValueError naming the version that is missing or the file that is damaged."""
@@ -70,7 +72,7 @@ class ArchivedVersion:
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._tensors)
+        return sorted(name for name in self._tensors if not is_of_adapter(name))
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._tensors[name].shape)
@@ -79,7 +81,9 @@ class ArchivedVersion:
         return self._tensors[name].dtype
 
     def tensor(self, name: str) -> Tensor:
-        return rebuilt_tensor(self._chain, name)
+        of_layer = (name, *adapter_names(name))
+        rebuilt = {part: rebuilt_tensor(self._chain, part) for part in of_layer if part in self._tensors}
+        return merged(rebuilt)[name]
 
 
 def open_version(where: str, *, base: StoredVersion | None = None, dtype: torch.dtype | None = None) -> StoredVersion:

@@ -24,6 +24,8 @@ KINDS = {
     "lm_head": "head",
     "gate": "router",
 }
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""A [R, N] and s B [M, R] of an adapted layer of weight [M, N] follow the layer's name, where they are published beside it."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,6 +52,31 @@ def unchanged_fraction(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 def merged_weight(base_MN: Tensor, A_RN: Tensor, B_MR: Tensor, scale: float) -> Tensor:
     """W + s B A in float32: the weight that a LoRA adapter makes of W. https://arxiv.org/abs/2106.09685, section 4.1."""
     return base_MN.float() + scale * (B_MR.float() @ A_RN.float())
+
+
+def adapter_names(weight: str) -> tuple[str, str]:
+    """Names of A and s B beside a weight.
+
+    Example: model.layers.0.mlp.up_proj.lora_A.weight, ...lora_B.weight, of model.layers.0.mlp.up_proj.weight
+    """
+    layer = weight.removesuffix(".weight")
+    return layer + LORA_A, layer + LORA_B
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a published tensor is the A or s B of an adapter."""
+    return name.endswith((LORA_A, LORA_B))
+
+
+def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A version as plain weights: W + s B A in float32, rounded once to the dtype of W, where an adapter is beside it; all else
+    is shared."""
+    plain = {name: tensor for name, tensor in tensors.items() if not is_of_adapter(name)}
+    for name, weight_MN in plain.items():
+        a, b = adapter_names(name)
+        if a in tensors:
+            plain[name] = merged_weight(weight_MN, tensors[a], tensors[b], 1.0).to(weight_MN.dtype)
+    return plain
 
 
 def weight_kind(name: str) -> str:

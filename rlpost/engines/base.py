@@ -136,6 +136,9 @@ class LearnerEngine(Protocol):
         """The policy as samplers serve it, streamed: this rank's sections of every weight, which with those of the other
         ranks are all of it, once. No rank holds more than one whole weight for it.
 
+        An adapter is merged, as in `weights`; or, where the learner was made to serve it, A and s B follow the weight they
+        adapt (`core.weights.adapter_names`), and nothing is gathered.
+
         Collective only where `reads_alone` is False.
         """
         ...

@@ -36,7 +36,8 @@ from rlpost.core.optimizers import AdamW, OptimizerSpec
 from rlpost.core.subnetwork import Coverage, Subnetwork, coverage
 from rlpost.engines.base import WeightSection
 from rlpost.engines.forward import Scorer, copy_policy, load_policy
-from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights, keep_trained
+from rlpost.engines.lora import Adapter, checkpoint_weights, keep_trained, unmerged
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.optimizers import TrainedEntries, apply_settings, make_optimizer
 from rlpost.engines.plain_learner import check_finite
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
@@ -104,8 +105,13 @@ class DeepSpeedLearner:
         world_size: int,
         gradient_checkpointing: bool = False,
         lora: LoraSpec | None = None,
+        serve_adapter: bool = False,
         optimizer: type[OptimizerSpec] = AdamW,
     ) -> None:
+        """
+        Args:
+            serve_adapter: samplers have the adapter beside the base; False: merged into it.
+        """
         if zero_stage not in (1, 2, 3):
             # Stage 0 in bfloat16 starts Adam's step counter at 1: its first update is 0.74 of what it should be.
             raise ValueError(f"zero_stage = {zero_stage}: use 1 (one rank, or a model that fits on each), 2 or 3")
@@ -114,6 +120,7 @@ class DeepSpeedLearner:
         self._model_path, self._dtype, self._serve_dtype = model_path, dtype, serve_dtype
         self._zero_stage, self._micro_batch_tokens = zero_stage, micro_batch_tokens
         self._rank, self._world_size = rank, world_size
+        self._merges = lora is not None and not serve_adapter
         self._gradient_checkpointing = gradient_checkpointing
         policy = load_policy(model_path, dtype)
         self._adapter = None if lora is None else Adapter(policy, lora, self._whole)
@@ -218,7 +225,7 @@ class DeepSpeedLearner:
 
     @property
     def reads_alone(self) -> bool:
-        return self._adapter is None
+        return not self._merges
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name: p.to("cpu", self._serve_dtype, copy=True) for name, p in self._gathered()}
@@ -423,17 +430,24 @@ class DeepSpeedLearner:
 
     def _own_entries(self) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
         """(checkpoint name, shape of the weight, place of the first entry, [N] entries) that this rank answers for."""
-        if self._zero_stage == 3 and self._adapter is None:
-            # DeepSpeed's own cut: a step writes these shards, and all else gathers from them. The last one is padded.
-            for weight in checkpoint_weights(self._scorer.policy):
-                parameter: Any = weight.base
-                start = min(self._rank * parameter.ds_tensor.numel(), parameter.ds_numel)
-                entries_N = parameter.ds_tensor[: parameter.ds_numel - start]
-                yield weight.name, tuple(parameter.ds_shape), start, entries_N
+        if self._merges:
+            for name, value in self._gathered():
+                yield name, tuple(value.shape), *self._own_part(value)
             return
-        for name, value in self._gathered():
-            start, stop = (value.numel() * rank // self._world_size for rank in (self._rank, self._rank + 1))
-            yield name, tuple(value.shape), start, value.flatten()[start:stop]
+        for name, parameter, factor in unmerged(self._scorer.policy):
+            whole: Any = parameter
+            if self._zero_stage == 3:
+                # DeepSpeed's own cut: a step writes these shards, and all else gathers from them. The last one is padded.
+                shape, start = whole.ds_shape, min(self._rank * whole.ds_tensor.numel(), whole.ds_numel)
+                entries_N = whole.ds_tensor[: whole.ds_numel - start]
+            else:
+                shape, (start, entries_N) = whole.shape, self._own_part(whole.detach())
+            yield name, tuple(shape), start, entries_N if factor == 1 else factor * entries_N.float()
+
+    def _own_part(self, value: Tensor) -> tuple[int, Tensor]:
+        """Where this rank's equal part of a weight begins, and its entries."""
+        start, stop = (value.numel() * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        return start, value.flatten()[start:stop]
 
     def _whole(self, parameters: Sequence[nn.Parameter], written: bool) -> AbstractContextManager[None]:
         """While it holds, every rank has these parameters whole; what it has `written` to them stays, with rank 0's."""

@@ -1,7 +1,7 @@
-"""LoRA through peft, in place: W x + s B (A x) while training, W + s B A for everybody else. The one file that imports peft.
+"""LoRA through peft, in place: W x + s B (A x) while training, W + s B A for exports. The one file that imports peft.
 
 "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685), section 4.1; s = alpha / rank, or
-alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732). W is never written to while a stage runs: what is served is
+alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732). W is never written to while a stage runs: what is merged is
 computed from it each time, in float32. Axes: M x N a weight matrix, R rank.
 """
 
@@ -19,10 +19,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rlpost.core.weights import merged_weight
-from rlpost.engines.forward import linear_layers
+from rlpost.core.weights import adapter_names, merged_weight
+from rlpost.engines.lora_layers import LoraSpec, select_targets
 from rlpost.engines.pretrained import PeftAdapter, write_tensors
 
 ADAPTER = "default"
@@ -30,24 +30,6 @@ ADAPTER = "default"
 BASE = "base.safetensors"
 """Base weights of the adapted layers in a checkpoint, once an earlier stage was merged into them."""
 Whole = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSpec:
-    """Which layers are adapted, and how.
-
-    Example:
-        LoraSpec(rank=16, alpha=32.0, targets=("q_proj", "v_proj"))
-    """
-
-    rank: int
-    alpha: float
-    targets: str | tuple[str, ...] = "all-linear"
-    """Last parts of layer names, or whole names; "all-linear": every linear layer but the output layer."""
-    rslora: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, alpha {self.alpha:g}, targets {self.targets}, rslora {self.rslora}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,47 +72,28 @@ class Weight:
         return moved
 
 
-def select_targets(policy: PreTrainedModel, spec: LoraSpec) -> dict[str, nn.Linear]:
-    """The layers `spec` adapts, by their names in the model.
-
-    Raises:
-        ValueError: when a target is none of them.
-    """
-    linear = linear_layers(policy)
-    if spec.targets == "all-linear":
-        return linear
-    for target in spec.targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ValueError(
-                f"learner.lora.targets: {target!r} is no layer of {type(policy).__name__} that can be adapted. Those are"
-                f' its linear layers, {sorted({name.rpartition(".")[2] for name in linear})}, or "all-linear" for all;'
-                " embedding and output layer may share one weight, and have no adapter"
-            )
-    return {n: m for n, m in linear.items() if any(f".{n}".endswith(f".{target}") for target in spec.targets)}
-
-
-def num_adapter_parameters(config: PretrainedConfig, spec: LoraSpec) -> int:
-    """How many are trained: rank x (M + N) per target. The model is laid out without memory for it.
-
-    Raises:
-        ValueError: when a target is no linear layer of the model.
-    """
-    with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(config)
-    return sum(spec.rank * (m.in_features + m.out_features) for m in select_targets(policy, spec).values())
-
-
 def checkpoint_weights(policy: nn.Module) -> Iterator[Weight]:
     """Every weight under its checkpoint name, tied ones once, in a fixed order; without an adapter, as they are."""
     layers = {f"{name}.base_layer.weight": m for name, m in policy.named_modules() if isinstance(m, LoraLayer)}
-    for name, parameter in policy.named_parameters():
-        layer: Any = layers.get(name)
-        if layer is not None:
-            adapter = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-            scale = layer.scaling[ADAPTER]
+    # By name: asked of its module during a forward pass, a parameter is gathered by ZeRO-3, by this rank alone.
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        if name in layers:
+            layer = name.removesuffix("base_layer.weight")
+            adapter = (parameters[f"{layer}lora_A.{ADAPTER}.weight"], parameters[f"{layer}lora_B.{ADAPTER}.weight"])
+            scale = layers[name].scaling[ADAPTER]
             yield Weight(name=name.replace(".base_layer.", "."), base=parameter, adapter=adapter, scale=scale)
         elif ".lora_" not in name:
             yield Weight(name=name.replace(".base_layer.", "."), base=parameter)
+
+
+def unmerged(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:
+    """(published name, parameter, factor) of everything the policy is made of, tied weights once, in a fixed order: its base, and
+    A and s B of what is adapted."""
+    for weight in checkpoint_weights(policy):
+        yield weight.name, weight.base, 1.0
+        if weight.adapter is not None:
+            yield from zip(adapter_names(weight.name), weight.adapter, (1.0, weight.scale), strict=True)
 
 
 class Adapter:

@@ -17,7 +17,8 @@ from rlpost.core.objective import StageSpec, critic_loss_and_tally, critic_of, l
 from rlpost.core.subnetwork import Coverage, coverage
 from rlpost.engines.base import WeightSection
 from rlpost.engines.forward import Scorer, copy_policy, load_policy
-from rlpost.engines.lora import Adapter, LoraSpec, checkpoint_weights
+from rlpost.engines.lora import Adapter, checkpoint_weights, unmerged
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.optimizers import apply_settings, make_optimizer
 from rlpost.engines.pretrained import PeftAdapter
 from rlpost.engines.reference import Reference, Score
@@ -35,9 +36,18 @@ class PlainLearner:
     """
 
     def __init__(
-        self, model_path: Path, *, serve_dtype: torch.dtype = torch.float32, lora: LoraSpec | None = None
+        self,
+        model_path: Path,
+        *,
+        serve_dtype: torch.dtype = torch.float32,
+        lora: LoraSpec | None = None,
+        serve_adapter: bool = False,
     ) -> None:
-        self._model_path, self._serve_dtype = model_path, serve_dtype
+        """
+        Args:
+            serve_adapter: samplers have the adapter beside the base; False: merged into it.
+        """
+        self._model_path, self._serve_dtype, self._serve_adapter = model_path, serve_dtype, serve_adapter
         policy = load_policy(model_path, torch.float32)
         self._adapter = None if lora is None else Adapter(policy, lora)
         self._scorer = Scorer(policy).train()
@@ -131,10 +141,9 @@ class PlainLearner:
         return float(nn.utils.clip_grad_norm_(parameters, self._spec.optimizer.max_grad_norm))
 
     def sections(self) -> Iterator[WeightSection]:
-        for weight in checkpoint_weights(self._scorer.policy):
-            value = weight.value()
+        for name, value in self._served():
             values_N = value.flatten().to(self._serve_dtype)
-            yield WeightSection(name=weight.name, shape=tuple(value.shape), start=0, values_N=values_N)
+            yield WeightSection(name=name, shape=tuple(value.shape), start=0, values_N=values_N)
 
     @property
     def reads_alone(self) -> bool:
@@ -196,6 +205,11 @@ class PlainLearner:
         self._masks, self._held = masks, hold_gradients(named, masks)
         self._entries.masks = {named[name]: mask for name, mask in masks.items()}
         return coverage(masks)
+
+    def _served(self) -> Iterator[tuple[str, Tensor]]:
+        if self._serve_adapter:
+            return ((name, factor * p.detach()) for name, p, factor in unmerged(self._scorer.policy))
+        return ((weight.name, weight.value()) for weight in checkpoint_weights(self._scorer.policy))
 
     def _values(self) -> dict[str, Tensor]:
         return {weight.name: weight.value() for weight in checkpoint_weights(self._scorer.policy)}

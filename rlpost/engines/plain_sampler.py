@@ -13,6 +13,7 @@ from rlpost.core.delta import apply_pieces, check_result
 from rlpost.core.patch import WeightPatch, naming
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.forward import load_policy
+from rlpost.engines.lora_layers import LoraSpec, serve_beside
 from rlpost.engines.sampling import Holding, check_fits, check_request, end_token_ids, make_rollout
 from rlpost.types import Rollout, VersionSpan
 
@@ -33,9 +34,16 @@ class PlainSampler:
     no request can touch another's numbers.
     """
 
-    def __init__(self, model_path: str | Path, *, dtype: str = "float32") -> None:
+    def __init__(self, model_path: str | Path, *, dtype: str = "float32", lora: LoraSpec | None = None) -> None:
+        """
+        Args:
+            lora: the adapter that versions have beside the weights; None: versions are plain weights.
+        """
         path = Path(model_path)
-        self._model = load_policy(path, getattr(torch, dtype)).eval().requires_grad_(False)
+        self._model = load_policy(path, getattr(torch, dtype))
+        if lora is not None:
+            serve_beside(self._model, lora)
+        self._model.eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._end_ids = end_token_ids(path)
         self._max_model_len = int(self._model.config.max_position_embeddings)

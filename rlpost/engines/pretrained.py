@@ -261,8 +261,13 @@ def save_pretrained(
         config["dtype"] = dtypes.pop()
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if adapter is not None:
-        (partial / ADAPTER_DIRECTORY).mkdir()
-        (partial / ADAPTER_DIRECTORY / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n")
-        write_tensors(adapter.tensors, partial / ADAPTER_DIRECTORY / "adapter_model.safetensors")
+        write_adapter(adapter, partial / ADAPTER_DIRECTORY)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def write_adapter(adapter: PeftAdapter, path: Path) -> None:
+    """Make the directory `path` for peft, and for whoever reads its format."""
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n")
+    write_tensors(adapter.tensors, path / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""What vLLM on a CPU needs beside its arguments: weights that can be updated in place, and its own compiled kernels.
+"""What vLLM on a CPU needs beside its arguments: weights that can be updated in place, compiled kernels, a cheap adapter.
 
 With `vllm_sampler` the only file that imports vLLM, and like there only once an engine is built.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,3 +112,27 @@ def use_compiled_kernels() -> dict[str, list[str]]:
         forward_cpu = forward_oot
 
     return {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------------
+
+
+def add_adapter_in_two_products() -> None:
+    """Every token has the one adapter, whose matrices vLLM's CPU operators would copy for each. For good in this process."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def add_lora_linear(
+        wrapper: PunicaWrapperCPU,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        lora_b_stacked: Sequence[Tensor],
+        scale: float,
+        output_slices: Sequence[int],
+    ) -> None:
+        assert scale == 1.0 and not wrapper.no_lora and len(lora_a_stacked[0]) == 1
+        parts = y.split(list(output_slices), dim=-1)
+        for part, a_11RN, b_11MR in zip(parts, lora_a_stacked, lora_b_stacked, strict=True):
+            part += nn.functional.linear(nn.functional.linear(x, a_11RN[0, 0]), b_11MR[0, 0])
+
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,22 +7,33 @@ vLLM is imported only once an engine is built: it reads its environment on impor
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rlpost.core.patch import WeightPatch
 from rlpost.engines.base import RolloutRequest
+from rlpost.engines.lora_layers import LoraSpec, target_shapes, zero_adapter
+from rlpost.engines.pretrained import write_adapter
 from rlpost.engines.sampling import Holding, check_request, end_token_ids, make_rollout
-from rlpost.engines.vllm_cpu import check_live, inspect_in_process, live_weights, use_compiled_kernels
+from rlpost.engines.vllm_cpu import (
+    add_adapter_in_two_products,
+    check_live,
+    inspect_in_process,
+    live_weights,
+    use_compiled_kernels,
+)
 from rlpost.engines.weight_map import WeightMap
 from rlpost.types import Rollout, VersionSpan
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
 CPU_PREFILL_TOKENS = 2048
@@ -70,6 +81,7 @@ class VllmSampler:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
+        lora: LoraSpec | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +90,7 @@ class VllmSampler:
             kv_cache_bytes: size of the key-value cache; required on CPU. On a GPU, None takes what
                 `gpu_memory_utilization` (a share of the device's memory, weights included) leaves.
             enforce_eager: no CUDA graphs. Always so on CPU.
+            lora: the adapter that versions have beside the weights; None: versions are plain weights.
         """
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -92,6 +105,7 @@ class VllmSampler:
         self._end_ids = sorted(end_token_ids(path))
         self._max_model_len = max_model_len
         on_this_device = {"ir_op_priority": use_compiled_kernels()} if on_cpu else {}
+        shapes = {} if lora is None else target_shapes(AutoConfig.from_pretrained(path), lora)
         args = EngineArgs(
             model=str(path),
             skip_tokenizer_init=True,
@@ -114,14 +128,18 @@ class VllmSampler:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **({} if lora is None else _adapter_arguments(lora, shapes)),  # pyright: ignore[reportArgumentType]
             **on_this_device,  # pyright: ignore[reportArgumentType]
         )
         if on_cpu:
             inspect_in_process(path)
+        if on_cpu and lora is not None:
+            add_adapter_in_two_products()
         with live_weights() if on_cpu else nullcontext():
             self._engine = LLMEngine.from_engine_args(args)
         if on_cpu:
             self._engine.apply_model(check_live)
+        self._adapter = None if lora is None else self._begin_adapter(lora, shapes)
         self._running: dict[str, RolloutRequest] = {}
         self._holding = Holding()
         self._engine.set_weight_version(str(self._holding.version))
@@ -140,7 +158,10 @@ class VllmSampler:
 
         check_request(request, max_model_len=self._max_model_len, running=self._running)
         self._engine.add_request(
-            request.id, tokens_input(list(request.prompt_ids)), _sampling_params(request, self._end_ids)
+            request.id,
+            tokens_input(list(request.prompt_ids)),
+            _sampling_params(request, self._end_ids),
+            lora_request=self._adapter,
         )
         self._running[request.id] = request
 
@@ -168,6 +189,19 @@ class VllmSampler:
             self._engine.apply_model(lambda model: self._change(model, patch))
             self._engine.set_weight_version(str(patch.version))
 
+    def _begin_adapter(self, lora: LoraSpec, shapes: Mapping[str, tuple[int, int]]) -> LoRARequest:
+        """vLLM loads an adapter, once: zeros, of one layer, as it keeps what it has loaded, and zeroes the places of all others.
+        Updates write into these places; the request that is returned names the adapter for good."""
+        from vllm.lora.request import LoRARequest
+
+        name = next(iter(shapes))
+        with TemporaryDirectory() as directory:
+            path = Path(directory) / "adapter"
+            write_adapter(zero_adapter(name, shapes[name], lora.rank), path)
+            request = LoRARequest("policy", 1, str(path))
+            self._engine.add_lora(request)
+        return request
+
     def _change(self, model: nn.Module, patch: WeightPatch) -> None:
         if self._weight_map is None:
             self._weight_map = WeightMap(model, patch.tensors)
@@ -185,6 +219,18 @@ class VllmSampler:
             finish_reason=output.finish_reason,
             tokenizer=self._tokenizer,
         )
+
+
+def _adapter_arguments(lora: LoraSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """One adapter, on no layer that vLLM does not fuse with a target, in the least rank vLLM has room for."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank),
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
+    }
 
 
 def _sampling_params(request: RolloutRequest, end_ids: list[int]) -> SamplingParams:

@@ -1,15 +1,16 @@
 """Where each checkpoint tensor lies inside a served model, so that patches change it in place and it can be read back.
 
 A served model fuses, slices and pads checkpoint tensors into parameters of its own. Its `load_weights` is the one authority on
-that, so the map is what it does with stand-ins: every write into the model is noted instead of done. N entries of a tensor.
+that, so the map is what it does with stand-ins: every write into the model is noted instead of done. So for an adapter that
+is served beside the weights: its layers' own `set_lora` says where A and s B lie. N entries of a tensor.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlpost.core.delta import TensorPatch, apply_pieces, check_result
 from rlpost.core.patch import WeightPatch, naming
-from rlpost.core.weights import bits
+from rlpost.core.weights import adapter_names, bits, is_of_adapter
 from rlpost.engines.sampling import check_fits
+
+SLOT = 0
+"""Of the one adapter a sampler holds, in vLLM's layers."""
 
 
 class WeightMap:
@@ -54,13 +58,13 @@ class WeightMap:
             ValueError: naming the tensor that does not fit, or whose patch is broken. Others may have been written.
         """
         check_fits(patch, self._layout)
+        if patch.base is None:
+            for constant in self._constants:
+                constant.target.fill_(constant.value)
         for name, tensor in patch.tensors.items():
             if tensor.pieces:
                 with naming(name), self._edited(name, whole=patch.base is None) as held_N:
                     apply_pieces(tensor.pieces, held_N)
-        if patch.base is None:
-            for constant in self._constants:
-                constant.target.fill_(constant.value)
 
     def prove(self, patch: WeightPatch) -> None:
         """Show that the model holds the patch's version bit for bit and nothing else; reads only.
@@ -104,12 +108,12 @@ class WeightMap:
     def _direct(self, name: str) -> Tensor | None:
         """[N] view into the model, where it keeps the tensor on the CPU, in one piece and in its own order."""
         match self._placements[name]:
-            case [placement] if placement.in_order and placement.target.device.type == "cpu":
+            case [placement] if placement.in_one_piece and placement.target.device.type == "cpu":
                 return placement.target.view(-1)
         return None
 
     def _check_covered(self) -> None:
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in _served(self._model):
             if missing := _num_missing(parameter, self._regions[_storage(parameter)]):
                 raise RuntimeError(
                     f"{missing} of {parameter.numel()} values of the model's {name} are in no published tensor"
@@ -126,7 +130,11 @@ class _Placement:
     in_order: bool
     """Whether they are consecutive entries of the tensor."""
     target: Tensor
-    """Contiguous, of `size`."""
+    """Of `size`."""
+
+    @property
+    def in_one_piece(self) -> bool:
+        return self.in_order and self.target.is_contiguous()
 
     def inside(self, flat_N: Tensor) -> Tensor:
         return flat_N.as_strided(self.size, self.stride, self.offset)
@@ -134,19 +142,23 @@ class _Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Constant:
-    """Entries of the model that come from no tensor: a padded vocabulary's."""
+    """Entries of the model that come from no tensor: those of a padded vocabulary, or of an adapter's padded rank."""
 
     name: str
-    """The tensor that the loader was given last."""
+    """The tensor that the loader was given last, or the layer of an adapter."""
     target: Tensor
     value: Any
+    inside: list[Tensor] = field(default_factory=list)
+    """Parts of `target` that tensors were written to afterwards."""
 
     def check(self) -> None:
-        held, expected = bits(self.target), bits(torch.full_like(self.target, self.value))
-        if num_different := int((held != expected).sum()):
-            raise RuntimeError(
-                f"{self.name}: {num_different} of {self.target.numel()} values of its padding are not {self.value}"
-            )
+        num_different = self._num_different(self.target) - sum(map(self._num_different, self.inside))
+        if num_different:
+            size = self.target.numel() - sum(part.numel() for part in self.inside)
+            raise RuntimeError(f"{self.name}: {num_different} of {size} values of its padding are not {self.value}")
+
+    def _num_different(self, held: Tensor) -> int:
+        return int((bits(held) != bits(torch.full_like(held, self.value))).sum())
 
 
 class _Recorder(TorchDispatchMode):
@@ -154,7 +166,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, stand_ins: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._storages = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self._storages = {_storage(t) for t in (*model.buffers(), *(tensor for _, tensor in _served(model)))}
         self._stand_ins = {_storage(tensor): (name, tensor.dtype) for name, tensor in stand_ins.items()}
         self.latest = "before its first tensor"
         """Name of the tensor that the loader was given last."""
@@ -171,16 +183,21 @@ class _Recorder(TorchDispatchMode):
         if not written:
             return func(*args, **(kwargs or {}))
         (target,) = written
-        if not target.is_contiguous():
+        around = [constant for constant in self.constants if _covers(constant.target, target)]
+        if not target.is_contiguous() and not around:
             raise RuntimeError("the model keeps it in pieces, which cannot be proved")
-        if func is torch.ops.aten.copy_.default:
-            self._place(target.detach(), args[1])
-        elif func is torch.ops.aten.fill_.Scalar:
-            self.constants.append(_Constant(self.latest, target.detach(), args[1]))
-        else:
-            raise RuntimeError(f"the model's loader writes with {func}, which cannot be proved")
-        start = target.storage_offset()
-        self.regions[_storage(target)].add((start, start + target.numel()))
+        match func:
+            case torch.ops.aten.copy_.default:
+                self._place(target.detach(), args[1])
+                for constant in around:
+                    constant.inside.append(target.detach())
+            case torch.ops.aten.fill_.Scalar | torch.ops.aten.fill_.Tensor:
+                self.constants.append(_Constant(self.latest, target.detach(), torch.as_tensor(args[1]).item()))
+            case _:
+                raise RuntimeError(f"the model's loader writes with {func}, which cannot be proved")
+        if not around:
+            start = target.storage_offset()
+            self.regions[_storage(target)].add((start, start + target.numel()))
         return target
 
     def _place(self, target: Tensor, source: Tensor) -> None:
@@ -199,16 +216,50 @@ class _Recorder(TorchDispatchMode):
 
 
 def _feed(model: nn.Module, recorder: _Recorder, stand_ins: Mapping[str, Tensor]) -> None:
+    adapted = list(_adapted_layers(model))
+
     def one_by_one() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stand_ins.items():
-            recorder.latest = name
-            yield name, tensor
+            if not (adapted and is_of_adapter(name)):
+                recorder.latest = name
+                yield name, tensor
 
     try:
         with recorder:
             model.load_weights(one_by_one())  # pyright: ignore[reportCallIssue]
+            for name, layer, parts in adapted:
+                recorder.latest = name
+                _set_adapter(layer, parts, stand_ins)
     except Exception as error:
         raise RuntimeError(f"{recorder.latest}: {error}") from error
+
+
+def _set_adapter(layer: Any, parts: Sequence[str], stand_ins: Mapping[str, Tensor]) -> None:
+    """Give a layer its adapter as vLLM does: each part's A and s B, None of a part without, as lists where there are several."""
+    matrices = [[stand_ins.get(name) for name in adapter_names(f"{part}.weight")] for part in parts]
+    a, b = ([pair[i] for pair in matrices] for i in (0, 1))
+    if not any(matrix is not None for matrix in a):
+        layer.reset_lora(SLOT)
+    elif len(parts) == 1:
+        layer.set_lora(SLOT, *a, *b)
+    else:
+        layer.set_lora(SLOT, a, b)
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """(name, vLLM's layer that adds an adapter to what it wraps, names of the layers that are fused there); none without LoRA."""
+    manager: Any = getattr(model, "lora_manager", None)
+    if manager is not None:
+        for name, layer in manager.modules.items():
+            yield name, layer, manager.packed_modules.get(name, [name])
+
+
+def _served(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a version of the model consists of: its parameters, and the adapter's matrices, which are none of them."""
+    yield from model.named_parameters()
+    for name, layer, _ in _adapted_layers(model):
+        for kind in ("lora_a_stacked", "lora_b_stacked"):
+            yield from ((f"{name}.{kind}.{index}", matrix) for index, matrix in enumerate(getattr(layer, kind)))
 
 
 def _check_used(name: str, numel: int, placements: list[_Placement]) -> None:
@@ -234,6 +285,14 @@ def _num_missing(parameter: Tensor, regions: set[tuple[int, int]]) -> int:
         missing += max(min(region_start, stop) - reached, 0)
         reached = max(reached, region_stop)
     return missing + max(stop - reached, 0)
+
+
+def _covers(region: Tensor, part: Tensor) -> bool:
+    """Whether all entries of `part` are between the first and the last one of `region`, which is contiguous."""
+    first = part.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    start = region.storage_offset()
+    return _storage(region) == _storage(part) and start <= first and last < start + region.numel()
 
 
 def _storage(tensor: Tensor) -> int:

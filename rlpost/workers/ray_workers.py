@@ -17,7 +17,7 @@ import ray
 import torch
 from ray.exceptions import OwnerDiedError
 
-from rlpost.config import LearnerConfig, PublishConfig, SamplerConfig, VerifierConfig
+from rlpost.config import LearnerConfig, LoraConfig, PublishConfig, SamplerConfig, VerifierConfig
 from rlpost.core.metrics import StepReport, Tally
 from rlpost.core.objective import StageSpec
 from rlpost.core.optimizers import OPTIMIZERS
@@ -46,8 +46,11 @@ CPU_KV_CACHE_MIB = 64
 
 
 class _SamplerProcess:
-    def __init__(self, model_path: Path, config: SamplerConfig, max_model_len: int, log_path: Path) -> None:
+    def __init__(
+        self, model_path: Path, config: SamplerConfig, max_model_len: int, adapter: LoraConfig | None, log_path: Path
+    ) -> None:
         enter_worker(log_path)
+        from rlpost.engines.lora_layers import LoraSpec
         from rlpost.engines.vllm_sampler import VllmSampler
         from rlpost.workers.sampler_service import SamplerService
 
@@ -59,6 +62,7 @@ class _SamplerProcess:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             kv_cache_bytes=None if cache_mib is None else cache_mib << 20,
+            lora=None if adapter is None else LoraSpec(**adapter.model_dump()),
         )
         engine = self._thread.submit(build).result()
         self._service = SamplerService(engine, self._run)
@@ -118,7 +122,7 @@ class _LearnerProcess:
         model_path: Path,
         config: LearnerConfig,
         serve_dtype: str,
-        publish_changes: bool,
+        publish: PublishConfig,
         rank: int,
         master: tuple[str, int],
         log_path: Path,
@@ -126,7 +130,7 @@ class _LearnerProcess:
         enter_worker(log_path)
         yield_to_samplers()
         from rlpost.engines.deepspeed_learner import DeepSpeedLearner, init_distributed
-        from rlpost.engines.lora import LoraSpec
+        from rlpost.engines.lora_layers import LoraSpec
         from rlpost.workers.learner_service import LearnerService
 
         init_distributed(rank=rank, world_size=config.ranks, master_addr=master[0], master_port=master[1])
@@ -141,9 +145,10 @@ class _LearnerProcess:
             world_size=config.ranks,
             gradient_checkpointing=config.gradient_checkpointing,
             lora=None if config.lora is None else LoraSpec(**config.lora.model_dump()),
+            serve_adapter=publish.policy == "adapter",
             optimizer=OPTIMIZERS[config.optimizer.name],
         )
-        self._service = LearnerService(self._engine, publish_changes=publish_changes)
+        self._service = LearnerService(self._engine, publish_changes=publish.encoding == "delta")
 
     def begin_stage(self, spec: StageSpec) -> Coverage:
         return self._service.begin_stage(spec)
@@ -296,9 +301,19 @@ class RayLearner:
 
 
 def start_sampler(
-    name: str, model_path: Path, config: SamplerConfig, *, max_model_len: int, log_dir: Path
+    name: str,
+    model_path: Path,
+    config: SamplerConfig,
+    *,
+    max_model_len: int,
+    log_dir: Path,
+    adapter: LoraConfig | None = None,
 ) -> RaySampler:
-    """A sampler process on the present Ray cluster; it answers its first call once its engine is up."""
+    """A sampler process on the present Ray cluster; it answers its first call once its engine is up.
+
+    Args:
+        adapter: what versions have beside the weights; None: they are plain weights.
+    """
     from rlpost.engines.vllm_sampler import environment
 
     log_path = log_dir / f"{name}.log"
@@ -308,7 +323,7 @@ def start_sampler(
         max_concurrency=MAX_CONCURRENT_CALLS,
         runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
     )
-    return RaySampler(name, process.remote(model_path, config, max_model_len, log_path), log_path)
+    return RaySampler(name, process.remote(model_path, config, max_model_len, adapter, log_path), log_path)
 
 
 class RayWorkers:
@@ -326,6 +341,7 @@ class RayWorkers:
         log_dir: Path,
     ) -> None:
         self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
+        self._adapter = learner.lora if publish.policy == "adapter" else None
         self._log_dir = log_dir
         self.learner = self._start_learner(learner, publish)
         self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
@@ -363,6 +379,7 @@ class RayWorkers:
             self._sampler_config,
             max_model_len=self._max_model_len,
             log_dir=self._log_dir,
+            adapter=self._adapter,
         )
 
     def _start_learner(self, config: LearnerConfig, publish: PublishConfig) -> RayLearner:
@@ -377,9 +394,9 @@ class RayWorkers:
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": _learner_environment(config)},
             )
-            changes = publish.encoding == "delta"
-            actors.append(process.remote(self._model_path, config, serve_dtype, changes, rank, master, log_paths[-1]))
-        return RayLearner(actors, log_paths, exports_beside=config.lora is None)
+            actors.append(process.remote(self._model_path, config, serve_dtype, publish, rank, master, log_paths[-1]))
+        merges = config.lora is not None and publish.policy == "merged"
+        return RayLearner(actors, log_paths, exports_beside=not merges)
 
 
 def _learner_environment(config: LearnerConfig) -> dict[str, str]:

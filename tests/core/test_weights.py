@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpost.core.weights import checksum, unchanged_fraction
+from rlpost.core.weights import checksum, merged, unchanged_fraction
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64]
 
@@ -45,3 +45,24 @@ def test_unchanged_fraction_counts_entries_over_all_tensors() -> None:
 def test_equal_values_with_other_bytes_have_changed_and_equal_nans_have_not() -> None:
     assert unchanged_fraction({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0])}) == 0.0
     assert unchanged_fraction({"a": torch.tensor([float("nan")])}, {"a": torch.tensor([float("nan")])}) == 1.0
+
+
+def test_an_adapter_is_merged_in_float32_and_rounded_once() -> None:
+    """[1 2; 3 4] + [1; 0.5] [1 -2] = [2 0; 3.5 3]; in bfloat16, 256 + (1 + 0.75) is 258, where 256 + 1 would be 256."""
+    tensors = {
+        "up.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        "up.lora_A.weight": torch.tensor([[1.0, -2.0]]),
+        "up.lora_B.weight": torch.tensor([[1.0], [0.5]]),
+        "down.weight": torch.tensor([[256.0]]).bfloat16(),
+        "down.lora_A.weight": torch.tensor([[1.0], [0.75]]).bfloat16(),
+        "down.lora_B.weight": torch.tensor([[1.0, 1.0]]).bfloat16(),
+        "norm.weight": torch.ones(2),
+    }
+    found = merged(tensors)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "up.weight": [[2.0, 0.0], [3.5, 3.0]],
+        "down.weight": [[258.0]],
+        "norm.weight": [1.0, 1.0],
+    }
+    assert found["down.weight"].dtype == torch.bfloat16 and found["norm.weight"] is tensors["norm.weight"]
+    assert tensors["up.weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]]

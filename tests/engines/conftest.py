@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.core.delta import TensorPatch, encode_section
 from rlpost.core.patch import WeightPatch, joined_patch
+from rlpost.core.weights import is_of_adapter, merged
+from rlpost.engines.lora_layers import LoraSpec, serve_beside
 from rlpost.types import WeightImage
 from tests.engines.learner_jobs import Job, Kind, close, free_port, make_learner
 
@@ -81,8 +83,8 @@ def make(kind: Kind, tied_model: Path) -> Iterator[Callable[..., Any]]:
         close(learner)
 
 
-def random_weights(model_path: Path, seed: int) -> dict[str, Tensor]:
-    """Weights of the model's own shapes that have nothing to do with those of another seed."""
+def random_weights(model_path: Path, seed: int, lora: LoraSpec | None = None) -> dict[str, Tensor]:
+    """Weights of the model's own shapes that have nothing to do with those of another seed; beside them such an adapter."""
     config = AutoConfig.from_pretrained(model_path)
     torch.manual_seed(seed)
     policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -90,6 +92,11 @@ def random_weights(model_path: Path, seed: int) -> dict[str, Tensor]:
         for name, parameter in policy.named_parameters():
             if name.endswith(("norm.weight", "bias")):  # all ones or zeros in a fresh model
                 parameter.add_(torch.randn_like(parameter) / 4)
+    if lora is not None:
+        serve_beside(policy, lora)
+        for name, parameter in policy.named_parameters():
+            if is_of_adapter(name):
+                nn.init.normal_(parameter, std=0.2)
     return {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
 
 
@@ -120,7 +127,8 @@ def stepped(tensors: Mapping[str, Tensor], share: float, seed: int) -> dict[str,
 
 
 class Reference:
-    """Log-probs recomputed from nothing: one full forward pass per sequence with the weights of one version."""
+    """Log-probs recomputed from nothing: one full forward pass per sequence with the weights of one version, and an adapter in
+    them."""
 
     def __init__(self, model_path: Path) -> None:
         self._policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
@@ -128,8 +136,9 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, weights: Mapping[str, Tensor], token_ids: Tensor, *, temperature: float) -> Tensor:
         """[L] log-prob of every token given those before it; 0 for the first."""
+        plain = merged(weights)
         for name, parameter in self._policy.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(plain[name])
         logits = self._policy(input_ids=token_ids[None], use_cache=False).logits[0, :-1]
         table = torch.log_softmax(logits / temperature, dim=-1)
         return torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])

@@ -20,7 +20,8 @@ from rlpost.core.objective import PolicyGradient, StageSpec
 from rlpost.core.optimizers import AdamW
 from rlpost.core.preference import Preference
 from rlpost.engines.base import LearnerEngine, WeightSection
-from rlpost.engines.lora import LoraSpec, checkpoint_weights
+from rlpost.engines.lora import checkpoint_weights
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.types import Rollout, VersionSpan
 
@@ -87,6 +88,7 @@ class Job:
     """Stages of one step each, before the one that is watched."""
     serve_dtype: torch.dtype | None = None
     """None: that of the kind."""
+    serve_adapter: bool = False
     watch: bool = False
     """Read what is served before the first step and after each; and beside them, where a rank reads alone."""
 
@@ -167,7 +169,12 @@ def dense_logprobs(policy: Any, token_ids: Tensor) -> Tensor:
 
 def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
     if job.kind.zero_stage is None:
-        return PlainLearner(job.model_path, serve_dtype=job.serve_dtype or torch.float32, lora=job.kind.lora)
+        return PlainLearner(
+            job.model_path,
+            serve_dtype=job.serve_dtype or torch.float32,
+            lora=job.kind.lora,
+            serve_adapter=job.serve_adapter,
+        )
     from rlpost.engines.deepspeed_learner import DeepSpeedLearner
 
     return DeepSpeedLearner(
@@ -180,6 +187,7 @@ def make_learner(job: Job, *, rank: int = 0, world_size: int = 1) -> Any:
         world_size=world_size,
         gradient_checkpointing=job.gradient_checkpointing,
         lora=job.kind.lora,
+        serve_adapter=job.serve_adapter,
         optimizer=type(job.spec.optimizer),
     )
 
@@ -273,13 +281,13 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     before, critic_before = masters(learner), critic_masters(learner)
     reports, saved, critic_saved, served = [], {}, {}, []
     if job.watch:
-        served.append(Served(learner.weights(), [read(learner)]))
+        served.append(Served(published(learner, job), [read(learner)]))
         if learner.reads_alone:
             read_beside(learner, served, rank)
     for step in range(job.num_steps):
         reports.append(train(learner, job))
         if job.watch:
-            served.append(Served(learner.weights(), [read(learner)]))
+            served.append(Served(published(learner, job), [read(learner)]))
         if job.save is not None and step + 1 == job.save_after:
             learner.save(job.save)
             saved, critic_saved = masters(learner), critic_masters(learner)
@@ -297,6 +305,22 @@ def run(job: Job, *, rank: int = 0, world_size: int = 1) -> Result:
     )
     close(learner)
     return result
+
+
+def published(learner: Any, job: Job) -> Mapping[str, Tensor]:
+    """What samplers should be sent, whole; of an adapter beside its base, from what peft would be given (collective)."""
+    if not job.serve_adapter:
+        return learner.weights()
+    tensors: dict[str, Tensor] = {}
+    adapter = {name.removeprefix("base_model.model."): tensor for name, tensor in learner.adapter().tensors.items()}
+    for weight in checkpoint_weights(learner._scorer.policy):
+        with learner._adapter._whole((weight.base,), False):
+            tensors[weight.name] = weight.base.detach().clone()
+        layer = weight.name.removesuffix(".weight")
+        if weight.adapter is not None:
+            tensors[f"{layer}.lora_A.weight"] = adapter[f"{layer}.lora_A.weight"]
+            tensors[f"{layer}.lora_B.weight"] = 2.0 * adapter[f"{layer}.lora_B.weight"].float()
+    return {name: tensor.to(job.serve_dtype) for name, tensor in tensors.items()}
 
 
 def read(learner: LearnerEngine) -> list[WeightSection]:

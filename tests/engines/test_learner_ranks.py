@@ -47,10 +47,12 @@ KL_SPEC = replace(SPEC, objective=PolicyGradient(kl_coef=0.5))
 CRITIC_KINDS = DEEPSPEED[:4]
 """Every ZeRO stage, and the optimizer that DeepSpeed has for bfloat16."""
 SERVED = {
-    f"{kind}-serves-{str(dtype)[6:]}": (kind, dtype)
-    for kind in (PLAIN, PLAIN_LORA, *DEEPSPEED)
+    f"{kind}-serves-{str(dtype)[6:]}{'-beside' if beside else ''}": (kind, dtype, beside)
+    for beside, kinds in ((False, (PLAIN, PLAIN_LORA, *DEEPSPEED)), (True, (PLAIN_LORA, *DEEPSPEED_LORA)))
+    for kind in kinds
     for dtype in (torch.float32, torch.bfloat16)
 }
+"""Who serves in which dtype, and whether an adapter is served beside its base."""
 CRITIC_SPEC = replace(
     SPEC,
     objective=PolicyGradient(
@@ -72,8 +74,8 @@ def whole_run(kind: Kind, model_path: Path, save: Path, spec: StageSpec = KL_SPE
 
 
 def served_run(name: str, model_path: Path) -> Job:
-    kind, serve_dtype = SERVED[name]
-    return Job(kind, model_path, num_steps=2, lr=1.0, serve_dtype=serve_dtype, watch=True)
+    kind, serve_dtype, beside = SERVED[name]
+    return Job(kind, model_path, num_steps=2, lr=1.0, serve_dtype=serve_dtype, serve_adapter=beside, watch=True)
 
 
 def rest_of(job: Job) -> Job:
@@ -114,7 +116,7 @@ def two_rank_jobs(tied_model: Path, odd_model: Path, checkpoints: Path) -> dict[
     few_critic = {f"{kind}-critic-few": replace(few[f"{kind}-few"], spec=CRITIC_SPEC) for kind in FULL[:3]}
     kto = replace(SPEC, objective=OBJECTIVES["kto"])
     unpaired = {f"{kind}-kto": replace(few[f"{kind}-few"], spec=kto) for kind in PAIRED}
-    served = {name: served_run(name, odd_model) for name, (kind, _) in SERVED.items() if kind.zero_stage is not None}
+    served = {name: served_run(name, odd_model) for name, (kind, *_) in SERVED.items() if kind.zero_stage is not None}
     return jobs | few | paired | unpaired | critic | few_critic | served
 
 
@@ -206,14 +208,14 @@ def check_resumed(whole: Result, rest: Result) -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", [name for name, (kind, _) in SERVED.items() if kind.zero_stage is not None])
+@pytest.mark.parametrize("name", [name for name, (kind, *_) in SERVED.items() if kind.zero_stage is not None])
 def test_the_sections_of_two_ranks_are_the_weights(name: str, two_ranks: dict[str, list[Result]]) -> None:
     check_served(two_ranks[name])
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if kind.zero_stage is None else pytest.mark.engines) for n, (kind, _) in SERVED.items()],
+    [pytest.param(n, marks=[] if kind.zero_stage is None else pytest.mark.engines) for n, (kind, *_) in SERVED.items()],
 )
 def test_the_sections_of_one_rank_are_the_weights(name: str, odd_model: Path, request: pytest.FixtureRequest) -> None:
     job = served_run(name, odd_model)
@@ -222,7 +224,7 @@ def test_the_sections_of_one_rank_are_the_weights(name: str, odd_model: Path, re
     result = run(job)
     check_served([result])
     beside = [len(version.readings) > 1 for version in result.served]
-    reads_alone = job.kind.zero_stage is None or job.kind.lora is None
+    reads_alone = job.kind.zero_stage is None or job.kind.lora is None or job.serve_adapter
     assert beside == [reads_alone, reads_alone, False]
 
 

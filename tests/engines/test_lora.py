@@ -21,7 +21,8 @@ from rlpost.core.objective import PolicyGradient
 from rlpost.core.preference import Preference
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.forward import Scorer, load_policy
-from rlpost.engines.lora import LoraSpec, Weight, checkpoint_weights
+from rlpost.engines.lora import Weight, checkpoint_weights
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.engines.pretrained import save_pretrained

@@ -19,12 +19,17 @@ from rlpost.core.delta import TensorPatch, encode
 from rlpost.core.patch import UpdateRefused, WeightPatch
 from rlpost.core.weights import bits
 from rlpost.engines.base import RolloutRequest, SamplerEngine
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
+from rlpost.engines.weight_map import _served
 from rlpost.types import Rollout, WeightImage
 from tests.engines.conftest import END_IDS, Reference, make_update, random_weights, stepped
 from tests.engines.in_child import SamplerInChild
 
 ENGINES = ["plain", pytest.param("vllm", marks=pytest.mark.engines)]
+WITH_ADAPTER = [pytest.param(f"{engine}-with-adapter", marks=pytest.mark.engines) for engine in ("plain", "vllm")]
+ADAPTER = LoraSpec(rank=4, alpha=4.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+"""Of what vLLM fuses, not all; and of a rank below the least it has room for."""
 MAX_MODEL_LEN = 256
 EXACT = 1e-5
 """Largest log-prob difference between two float32 implementations; another version's weights are off by more than 1."""
@@ -38,14 +43,18 @@ class Subject:
     model_path: Path
     reference: Reference
     weights: dict[int, Mapping[str, Tensor]]
+    adapter: LoraSpec | None = None
 
     def publish(self, seed: int, *, delta: bool = False, num_ranks: int = 1) -> int:
         """Give it the random weights of `seed` as its next version, whole or as what changed."""
         version = self.engine.version + 1
-        self.weights[version] = random_weights(self.model_path, seed)
+        self.weights[version] = self.random_weights(seed)
         base = self.image if delta else None
         self.engine.update(make_update(version, self.weights[version], base=base, num_ranks=num_ranks))
         return version
+
+    def random_weights(self, seed: int) -> dict[str, Tensor]:
+        return random_weights(self.model_path, seed, self.adapter)
 
     @property
     def image(self) -> WeightImage:
@@ -92,25 +101,30 @@ class Subject:
         return float(max(errors))
 
 
-def build_vllm(model_path: Path) -> Any:
+def build_vllm(model_path: Path, adapter: LoraSpec | None) -> Any:
     return vllm_sampler.VllmSampler(
-        model_path, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_bytes=16 << 20
+        model_path,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=128,
+        kv_cache_bytes=16 << 20,
+        lora=adapter,
     )
 
 
 def _subject(kind: str, model_path: Path) -> Iterator[Subject]:
-    environment = vllm_sampler.environment("cpu")
-    engine: Any = (
-        PlainSampler(model_path) if kind == "plain" else SamplerInChild(build_vllm, model_path, env=environment)
-    )
+    adapter = ADAPTER if kind.endswith("-with-adapter") else None
+    if kind.startswith("plain"):
+        yield Subject(PlainSampler(model_path, lora=adapter), model_path, Reference(model_path), {}, adapter)
+        return
+    engine = SamplerInChild(build_vllm, model_path, adapter, env=vllm_sampler.environment("cpu"))
     try:
-        yield Subject(engine, model_path, Reference(model_path), {})
+        yield Subject(engine, model_path, Reference(model_path), {}, adapter)
     finally:
-        if kind != "plain":
-            engine.close()
+        engine.close()
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=[*ENGINES, *WITH_ADAPTER])
 def running_subject(request: pytest.FixtureRequest, served_model: Path) -> Iterator[Subject]:
     yield from _subject(request.param, served_model)
 
@@ -263,7 +277,7 @@ def test_a_sparse_delta_gives_the_weights_of_a_complete_update(subject: Subject,
 
 
 def test_a_delta_of_another_version_is_refused_and_sampling_goes_on(subject: Subject) -> None:
-    version, weights = subject.engine.version, random_weights(subject.model_path, 2)
+    version, weights = subject.engine.version, subject.random_weights(2)
     subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
     subject.steps(5)
     elsewhere = replace(subject.image, version=version - 1)
@@ -359,7 +373,7 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_complete_one(
     version, base = subject.engine.version, subject.image
     subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
     subject.steps(5)
-    good = make_update(version + 1, random_weights(subject.model_path, 2), base=base if delta else None)
+    good = make_update(version + 1, subject.random_weights(2), base=base if delta else None)
     tensors = dict(good.tensors)
     spoil(tensors)
     with pytest.raises(UpdateRefused, match=f"weight update {version + 1}: .*{named}"):
@@ -368,7 +382,7 @@ def test_a_bad_update_is_refused_and_sampling_waits_for_a_complete_one(
     with pytest.raises(RuntimeError, match=named):
         subject.engine.step()
     with pytest.raises(UpdateRefused, match="nothing proved is held"):
-        subject.engine.update(make_update(version + 1, random_weights(subject.model_path, 2), base=base))
+        subject.engine.update(make_update(version + 1, subject.random_weights(2), base=base))
     with pytest.raises(RuntimeError, match=named):
         subject.engine.step()
     assert subject.engine.has_work()
@@ -404,7 +418,7 @@ def flip_bit(sampler: Any, parameter_name: str, index: int) -> None:
     """Make the sampler's model lose one bit."""
 
     def flip(model: Any) -> None:
-        bits(dict(model.named_parameters())[parameter_name].data).view(-1)[index] ^= 1
+        bits(dict(_served(model))[parameter_name].data).view(-1)[index] ^= 1
 
     flip(sampler._model) if isinstance(sampler, PlainSampler) else sampler._engine.apply_model(flip)
 
@@ -439,14 +453,17 @@ def test_a_delta_is_refused_by_a_model_that_lost_one_bit_since(subject: Subject,
     assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
+QKV, GATE_UP = "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize("running_subject", ["vllm"], indirect=True)
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(
     ("parameter_name", "index", "named"),
     [
-        ("model.layers.0.self_attn.qkv_proj.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
-        ("model.layers.1.mlp.gate_up_proj.weight", -1, "model.layers.1.mlp.up_proj.weight: entries 0"),
+        (f"{QKV}.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
+        (f"{GATE_UP}.weight", -1, "model.layers.1.mlp.up_proj.weight: entries 0"),
         ("model.embed_tokens.weight", -1, "model.embed_tokens.weight: 1 of"),
     ],
 )
@@ -454,6 +471,31 @@ def test_vllm_refuses_an_update_that_lost_one_bit_inside_the_model(
     subject: Subject, parameter_name: str, index: int, named: str, delta: bool
 ) -> None:
     """k_proj starts after q_proj's 64 x 64 values in the fused qkv; the embedding's last rows pad the vocabulary."""
+    check_a_lost_bit_is_refused(subject, parameter_name, index, named, delta=delta)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("running_subject", ["vllm-with-adapter"], indirect=True)
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(
+    ("parameter_name", "index", "named"),
+    [
+        (f"{QKV}.base_layer.weight", 64 * 64 + 5, "model.layers.0.self_attn.k_proj.weight: entries 0"),
+        (f"{QKV}.lora_a_stacked.2", 5, "model.layers.0.self_attn.v_proj.lora_A.weight: entries 0"),
+        (f"{GATE_UP}.lora_b_stacked.1", 8, "model.layers.1.mlp.up_proj.lora_B.weight: entries 0"),
+        (f"{QKV}.lora_a_stacked.0", -1, f"{QKV}: 1 of 256 values of its padding are not 0"),
+        (f"{QKV}.lora_b_stacked.0", 4, f"{QKV}: 1 of 256 values of its padding are not 0"),
+        (f"{QKV}.lora_b_stacked.1", 0, f"{QKV}: 1 of 512 values of its padding are not 0"),
+    ],
+)
+def test_vllm_refuses_an_update_that_lost_one_bit_of_an_adapter_or_beside_it(
+    subject: Subject, parameter_name: str, index: int, named: str, delta: bool
+) -> None:
+    """Rows and columns from the fifth on pad an adapter of rank 4 in a place for rank 8; k_proj has none."""
+    check_a_lost_bit_is_refused(subject, parameter_name, index, named, delta=delta)
+
+
+def check_a_lost_bit_is_refused(subject: Subject, parameter_name: str, index: int, named: str, *, delta: bool) -> None:
     assert isinstance(subject.engine, SamplerInChild)
     version = subject.engine.version
     subject.engine.call(flip_bit_before_proof, parameter_name, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.core.weights import bits
-from rlpost.engines.weight_map import WeightMap
+from rlpost.engines.weight_map import WeightMap, _served
 from rlpost.types import WeightImage
 from tests.engines.conftest import make_update, stepped
 
@@ -310,3 +311,119 @@ def test_a_parameter_that_no_tensor_reaches_is_named_with_what_is_missing() -> N
 def test_a_tensor_that_the_loader_ignores_is_named() -> None:
     with pytest.raises(RuntimeError, match="extra: the model's loader used 0 of its 3 values"):
         WeightMap(Model(), make_update(1, make_weights() | {"extra": torch.zeros(3)}).tensors)
+
+
+# -- an adapter beside the weights -------------------------------------------------------------------------------------
+
+
+class AdaptedLayer:
+    """As vLLM's: a place of rank 8 for each layer that is fused there, zeroed before the adapter is written into a corner."""
+
+    def __init__(self, *rows: int) -> None:
+        self.lora_a_stacked = tuple(torch.full((1, 1, 8, 32), torch.nan) for _ in rows)
+        self.lora_b_stacked = tuple(torch.full((1, 1, m, 8), torch.nan) for m in rows)
+
+    def reset_lora(self, index: int) -> None:
+        for matrix in (*self.lora_a_stacked, *self.lora_b_stacked):
+            matrix[index] = 0
+
+    def set_lora(self, index: int, a: Any, b: Any) -> None:
+        self.reset_lora(index)
+        for stacked, given in ((self.lora_a_stacked, a), (self.lora_b_stacked, b)):
+            for matrix, part in zip(stacked, given if isinstance(given, list) else [given], strict=True):
+                if part is not None:
+                    matrix[index, 0, : part.shape[0], : part.shape[1]].copy_(part, non_blocking=True)
+
+
+class Adapted(Model):
+    """`fused` has an adapter for its second part, `turned` has one, `query` none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = {"fused": AdaptedLayer(2, 3), "conv": AdaptedLayer(3), "query": AdaptedLayer(2)}
+        self.lora_manager = SimpleNamespace(modules=layers, packed_modules={"fused": ["left", "right"]})
+
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """The whole version, as vLLM would load it."""
+        self.load_weights(item for item in tensors.items() if ".lora_" not in item[0])
+        a, b = ({n: t for n, t in tensors.items() if f".lora_{which}." in n} for which in "AB")
+        layers = self.lora_manager.modules
+        layers["fused"].set_lora(0, [None, a["right.lora_A.weight"]], [None, b["right.lora_B.weight"]])
+        layers["conv"].set_lora(0, a["conv.lora_A.weight"], b["conv.lora_B.weight"])
+        layers["query"].reset_lora(0)
+
+
+def adapted_weights(seed: int = 0) -> dict[str, Tensor]:
+    weights = make_weights(seed)
+    for name in ("right", "conv"):
+        weights |= {f"{name}.lora_A.weight": torch.randn(3, 32), f"{name}.lora_B.weight": torch.randn(3, 3)}
+    return weights
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: bits(tensor).clone() for name, tensor in _served(model)}
+
+
+def with_adapter(weights: Mapping[str, Tensor]) -> tuple[Adapted, WeightMap]:
+    model, update = Adapted(), make_update(1, weights)
+    weight_map = WeightMap(model, update.tensors)
+    weight_map.apply(update)
+    return model, weight_map
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_chain_of_patches_leaves_what_the_layers_make_of_each_adapter(num_ranks: int) -> None:
+    weights = adapted_weights()
+    model, weight_map = with_adapter(weights)
+    only_adapter = weights | {n: t for n, t in adapted_weights(1).items() if ".lora_" in n}
+    sparse = stepped(only_adapter, 0.2, 2)
+    for version, after in enumerate([only_adapter, sparse, nudged(sparse), adapted_weights(3)], 2):
+        base = WeightImage(version=version - 1, tensors=weights) if version < 5 else None
+        patch, weights = make_update(version, after, base=base, num_ranks=num_ranks), after
+        weight_map.apply(patch)
+        weight_map.prove(patch)
+        expected = Adapted()
+        expected.give(weights)
+        assert same(whole_state(model), whole_state(expected)), version
+
+
+@pytest.mark.parametrize(
+    ("matrix", "named"),
+    [
+        ("fused.lora_a_stacked.0", "fused: 1 of 256 values of its padding are not 0"),
+        ("fused.lora_b_stacked.1", "fused: 1 of 15 values of its padding are not 0"),
+        ("query.lora_b_stacked.0", "query: 1 of 16 values of its padding are not 0"),
+        ("conv.lora_a_stacked.0", "conv: 1 of 160 values of its padding are not 0"),
+    ],
+)
+def test_one_lost_bit_beside_an_adapter_is_found_and_a_complete_update_heals_it(matrix: str, named: str) -> None:
+    """The lowest one of each place's last value, which is of no adapter."""
+    weights = adapted_weights()
+    model, weight_map = with_adapter(weights)
+    patch = make_update(2, weights, base=WeightImage(version=1, tensors=weights))
+    bits(dict(_served(model))[matrix]).view(-1)[-1] ^= 1
+    weight_map.apply(patch)
+    with pytest.raises(RuntimeError, match=named):
+        weight_map.prove(patch)
+    complete = make_update(3, weights)
+    weight_map.apply(complete)
+    weight_map.prove(complete)
+
+
+def test_an_adapter_of_a_layer_that_has_none_is_named() -> None:
+    weights = adapted_weights() | {"norm.lora_A.weight": torch.zeros(3, 32), "norm.lora_B.weight": torch.zeros(1, 3)}
+    with pytest.raises(RuntimeError, match=r"norm.lora_A.weight: the model's loader used 0 of its 96 values"):
+        WeightMap(Adapted(), make_update(1, weights).tensors)
+
+
+def test_a_place_that_was_moved_after_the_map_was_made_is_named() -> None:
+    model, weight_map = with_adapter(adapted_weights())
+    layer = model.lora_manager.modules["conv"]
+    layer.lora_a_stacked = (layer.lora_a_stacked[0].clone(),)
+    with pytest.raises(RuntimeError, match=r"256 of 256 values of the model's conv.lora_a_stacked.0"):
+        weight_map.prove(make_update(1, adapted_weights()))
+
+
+def test_an_adapter_for_a_model_without_one_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"right.lora_A.weight: the model's loader used 0"):
+        WeightMap(Model(), make_update(1, adapted_weights()).tensors)

@@ -15,6 +15,7 @@ from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervis
 from rlpost.core.optimizers import AdamW
 from rlpost.core.weights import checksum
 from rlpost.data.sources import ShuffledPrompts
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.pipeline.buffer import Position, StagePlan
@@ -122,7 +123,8 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, observer=None, **RunSettings)"""
+    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, observer=None,
+    lora=None, serve_adapter=False, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
@@ -136,13 +138,19 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         load_from: Path | None = None,
         publish_changes: bool = True,
         archive: Any = None,
+        lora: LoraSpec | None = None,
+        serve_adapter: bool = False,
         observer: Any = None,
         **settings: Any,
     ) -> Run:
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        learner = PlainLearner(tiny_model)
-        samplers = [wrap_sampler(LocalSampler(f"sampler-{i}", PlainSampler(tiny_model))) for i in range(num_samplers)]
+        learner = PlainLearner(tiny_model, lora=lora, serve_adapter=serve_adapter)
+        beside = lora if serve_adapter else None
+        samplers = [
+            wrap_sampler(LocalSampler(f"sampler-{i}", PlainSampler(tiny_model, lora=beside)))
+            for i in range(num_samplers)
+        ]
         publishing = LocalLearner(learner, tiny_model, publish_changes=publish_changes)
         workers = LocalWorkers(samplers, LocalVerifier(judge), publishing, restart)
         tracker, checkpoints = MemoryTracker(), DirectoryCheckpoints(tmp_path / "checkpoints")

@@ -17,6 +17,7 @@ from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import UpdateRefused
 from rlpost.core.sparsity import pooled
 from rlpost.core.weights import checksum
+from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
@@ -70,6 +71,29 @@ def test_after_the_first_version_only_changes_are_sent_and_the_run_is_that_of_co
     run, (sampler,) = watch(make_run)
     run.start()
     assert sampler.sent == [(None, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_an_adapter_beside_its_base_learns_what_a_merged_one_does_at_a_fraction_of_the_bytes(make_run: MakeRun) -> None:
+    """Two stages, the second on the base that the first one's adapter is merged into. W x + s B (A x) and (W + s B A) x differ in
+    the last bits of float32: the same tokens are drawn, and their log-probs, losses and gradients differ in as little."""
+    stages = [make_stage(name, staleness=0, steps=4, lr=1e-2) for name in ("one", "two")]
+    lora = LoraSpec(rank=4, alpha=8.0)
+    merged, beside = (
+        make_run(stages, lora=lora, serve_adapter=serve_adapter, log_groups=3).start()
+        for serve_adapter in (False, True)
+    )
+    texts = [[row["response"] for row in run.tracker.of("rollout")] for run in (merged, beside)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2 * 4 * 3 * 4
+    for ours, theirs in zip(beside.losses(), merged.losses(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    ours, theirs = beside.learner.weights(), merged.learner.weights()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+    cost, whole = (
+        {row["publish/version"]: row["publish/bytes"] for row in run.tracker.of("step")} for run in (beside, merged)
+    )
+    assert cost.keys() == whole.keys() and {2, 3, 4, 5, 6, 7} <= cost.keys()
+    assert all((cost[version] < whole[version] / 5) == (version != 5) for version in range(2, 8))
 
 
 def test_a_learning_rate_of_zero_costs_no_bytes(make_run: MakeRun) -> None:
@@ -194,13 +218,17 @@ def test_an_archive_holds_every_version_whatever_is_published(make_run: MakeRun,
             assert {name: checksum(tensor) for name, tensor in rebuilt.tensors.items()} == digest
 
 
-@pytest.mark.parametrize("budget", [1e9, 0.0])
+@pytest.mark.parametrize(
+    ("budget", "adapter"),
+    [(1e9, {}), (0.0, {}), (1e9, {"lora": LoraSpec(rank=4, alpha=8.0, targets=("q_proj",)), "serve_adapter": True})],
+)
 def test_an_observer_measures_what_was_published_and_changes_nothing(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float
+    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float, adapter: dict[str, Any]
 ) -> None:
-    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone."""
+    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone. Of an adapter
+    beside its base they are of the weights that the two make."""
     stage = make_stage(staleness=0, steps=5)
-    alone = make_run([stage]).start()
+    alone = make_run([stage], **adapter).start()
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     rows: list[Any] = []
@@ -208,12 +236,15 @@ def test_an_observer_measures_what_was_published_and_changes_nothing(
     observer = VersionObserver(
         [observed], run_dir, lambda _, row: rows.append(row), lambda *_: None, spectra_every=9, budget=budget
     )
-    run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer).start()
+    run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer, **adapter).start()
     observer.close(60)
     assert run.digest == alone.digest and run.losses() == alone.losses()
     figures = {row["step"]: row for row in rows if "step" in row}
     assert 5 in figures and {v for row in figures.values() for v in [row["step"], *row["passed"]]} == set(range(1, 6))
     assert budget or list(figures) == [5]
+    if adapter:
+        moved = {name for name, weight in figures[5]["weights"].items() if weight["unchanged_since_start"] < 1}
+        assert moved == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
     for version, row in figures.items():
         (update,) = analyze(str(tiny_model), [f"{run_dir}@{version}"], dtype=torch.float32).updates
         assert row["unchanged_since_start"] == pytest.approx(pooled(r.sparsity for r in update.rows).unchanged)
