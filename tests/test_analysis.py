@@ -104,6 +104,16 @@ def test_changed_entries_are_held_against_the_principal_and_the_smallest(tmp_pat
     assert (found.low_magnitude.first, found.low_magnitude.both) == (20, 2)
 
 
+def test_principal_entries_are_those_of_a_tenth_of_the_directions(tmp_path: Path) -> None:
+    """Of one direction the largest entries are row 0; of two, the 12 outside it would displace one of them."""
+    before = torch.zeros(20, 10)
+    before[0], before[9, 9] = 8.0, 12.0
+    after = before.clone()
+    after[0] += 0.25
+    (row,) = rows_of(save(tmp_path / "before", {UP: before}), save(tmp_path / "after", {UP: after}), spectra=True)
+    assert row.spectrum is not None and row.spectrum.principal.both == row.spectrum.principal.first == 10
+
+
 def test_a_rank_is_shown_beside_what_rounding_alone_comes_to(tmp_path: Path) -> None:
     """In steps of 2^-7, one bfloat16 above 1, the updates are (1 1; 1 2), of singular values 2.618 and 0.382, and diag(8, 2).
     Of both the first direction has 90 % of the energy. The first one's alone, (0.72 1.17; 1.17 1.89), is stored as the whole:
