@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "after", nargs="+", help="the same, or a LoRA adapter; several are also compared with each other"
     )
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
-    analyze.add_argument("--spectra", action="store_true", help="ranks and geometry of each matrix too; takes SVDs")
+    analyze.add_argument("--rank", action="store_true", help="the numerical rank of each matrix's update too; no SVD")
+    analyze.add_argument(
+        "--spectra",
+        action="store_true",
+        help="every rank and the geometry of each matrix, and their controls; takes SVDs",
+    )
     analyze.add_argument(
         "-o", "--output", type=Path, action="append", default=[], metavar="FILE",
         help="write every figure of every weight: .html is a report, .json, .csv or .parquet its data; may be repeated",
@@ -220,7 +226,9 @@ def _analyze(arguments: argparse.Namespace) -> int:
             check_output(path)
         if arguments.figures is not None and not arguments.figures.parent.is_dir():
             raise ValueError(f"{arguments.figures.parent} is no directory to write to")
-        analysis = analyze(arguments.before, arguments.after, dtype=dtype, spectra=arguments.spectra)
+        analysis = analyze(
+            arguments.before, arguments.after, dtype=dtype, rank=arguments.rank, spectra=arguments.spectra
+        )
     except ValueError as error:
         return _stopped(str(error), exit_codes.USAGE)
     console = Console(soft_wrap=True)
@@ -229,8 +237,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
         console.print(render(update.rows))
         for note in update.notes:
             console.print(note, markup=False)
-    for comparison in analysis.comparisons:
-        console.print(render_comparison(comparison))
+    for comparison, pair in zip(analysis.comparisons, itertools.combinations(analysis.updates, 2), strict=True):
+        console.print(render_comparison(comparison, *pair))
     for path in arguments.output:
         write_analysis(path, analysis)
     if arguments.figures is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analysis.measure import WeightRow, analyze, by_kind
+from rlpost.analysis.measure import WeightRow, analyze, by_kind, pool
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import diff
 from rlpost.types import WeightImage
@@ -58,7 +58,7 @@ def test_a_planted_update_is_found_where_it_is(planted: tuple[Path, Path]) -> No
     for name in (Q, UP):
         spectrum = spectra[name]
         assert spectrum is not None and spectrum.ranks.numerical == spectrum.ranks.energy_99 == 1
-        assert spectrum.intruders == 0 and 0 < spectrum.shift < 1
+        assert spectrum.intruders == 0 and spectrum.shift is not None and 0 < spectrum.shift < 1
     pooled = by_kind(list(rows.values()))
     assert list(pooled) == ["q", "up", "norm", "all"] and len(pooled["all"]) == 3
 
@@ -76,6 +76,79 @@ def test_the_command_prints_a_line_per_kind_and_writes_every_figure(
     content = json.loads(out.read_text())["updates"][after]
     assert content["kinds"]["q"]["bit_equal"] == 190 and content["kinds"]["all"]["within"]["1e-05"] == 808
     assert len(content["weights"]) == 3 and len(content["weights"][0]["spectrum"]["singular_values"]) == 20
+
+
+def test_changed_entries_are_held_against_the_principal_and_the_smallest(tmp_path: Path) -> None:
+    """Row 0 is 8 and carries the leading direction, the diagonal below is 1, the rest 0: of 10 principal entries all are of
+    row 0, the 10 smallest are row 1 but (1, 1), and (2, 0). The first update changes 5 entries of row 0, (1, 0), (1, 2) and
+    three elsewhere; the second all of row 0. The 10 largest entries are the three last bins of magnitude, all principal, so
+    that matched chance finds as many there as changed."""
+    before = {f"model.layers.{layer}.mlp.up_proj.weight": torch.zeros(20, 10) for layer in range(2)}
+    for weight in before.values():
+        weight[0] = 8.0
+        weight[1:10].fill_diagonal_(0.0)
+        weight[torch.arange(1, 10), torch.arange(1, 10)] = 1.0
+    after = {name: weight.clone() for name, weight in before.items()}
+    first, second = after.values()
+    first[0, :5] += 0.25
+    first[1, [0, 2]] += 0.25
+    first[15, :3] += 0.25
+    second[0] += 0.25
+    rows = rows_of(save(tmp_path / "before", before), save(tmp_path / "after", after), spectra=True)
+    spectra = [row.spectrum for row in rows if row.spectrum is not None]
+    assert [(s.principal.first, s.principal.second, s.principal.both) for s in spectra] == [(10, 10, 5), (10, 10, 10)]
+    assert [(s.low_magnitude.second, s.low_magnitude.both) for s in spectra] == [(10, 2), (10, 0)]
+    found = pool(by_kind(rows)["up"]).spectrum
+    assert found is not None
+    assert (found.principal.both, found.principal.uniform, found.principal.matched) == (15, 2 * 10 * 10 / 200, 15.0)
+    assert (found.low_magnitude.first, found.low_magnitude.both) == (20, 2)
+
+
+def test_principal_entries_are_those_of_a_tenth_of_the_directions(tmp_path: Path) -> None:
+    """Of one direction the largest entries are row 0; of two, the 12 outside it would displace one of them."""
+    before = torch.zeros(20, 10)
+    before[0], before[9, 9] = 8.0, 12.0
+    after = before.clone()
+    after[0] += 0.25
+    (row,) = rows_of(save(tmp_path / "before", {UP: before}), save(tmp_path / "after", {UP: after}), spectra=True)
+    assert row.spectrum is not None and row.spectrum.principal.both == row.spectrum.principal.first == 10
+
+
+def test_a_rank_is_shown_beside_what_rounding_alone_comes_to(tmp_path: Path) -> None:
+    """In steps of 2^-7, one bfloat16 above 1, the updates are (1 1; 1 2), of singular values 2.618 and 0.382, and diag(8, 2).
+    Of both the first direction has 90 % of the energy. The first one's alone, (0.72 1.17; 1.17 1.89), is stored as the whole:
+    of rank 2. The second's is stored as diag(8, 0): of rank 1."""
+    step, names = 2.0**-7, [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    before = dict(zip(names, (torch.ones(2, 2).bfloat16(), torch.eye(2).bfloat16()), strict=True))
+    updates = torch.tensor([[1.0, 1.0], [1.0, 2.0]]), torch.diag(torch.tensor([8.0, 2.0]))
+    after = {
+        name: (before[name].float() + step * update).bfloat16() for name, update in zip(names, updates, strict=True)
+    }
+    rows = rows_of(save(tmp_path / "before", before), save(tmp_path / "after", after), spectra=True)
+    nulls = [row.spectrum.null_ranks for row in rows if row.spectrum is not None]
+    assert [row.rank for row in rows] == [2, 2] and [null.numerical for null in nulls] == [2, 1]
+    p, q = 2.618034 / 3, 0.381966 / 3
+    entropy = p**-p * q**-q
+    assert [null.entropy for null in nulls] == pytest.approx([entropy, 1.0], abs=1e-3)
+    found = pool(rows)
+    assert found.spectrum is not None and (found.rank, found.spectrum.null_numerical) == (1.0, (2 / 2 + 1 / 2) / 2)
+    assert found.spectrum.null_entropy == pytest.approx((entropy / 2 + 1 / 2) / 2, abs=1e-3)
+
+
+def test_the_rank_alone_is_the_one_of_the_spectrum(
+    planted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """q [20, 10] and up [30, 20] are changed in a row each: 1 of 10 and 1 of 20 directions."""
+    expected = [row.rank for row in rows_of(*planted, spectra=True)]
+    monkeypatch.delattr("rlpost.analysis.measure.decompose")
+    rows = rows_of(*planted, rank=True)
+    assert sorted((row.kind, row.rank) for row in rows) == [("norm", None), ("q", 1), ("up", 1)]
+    assert [row.rank for row in rows] == expected and all(row.spectrum is None for row in rows)
+    assert all(row.rank is None for row in rows_of(*planted))
+    assert cli.main(["analyze", *map(str, planted), "--rank"]) == 0
+    lines = capsys.readouterr().out.split("by direction")[1].split("update, by layer")[0].splitlines()
+    found = [line.split() for line in lines if line[:1].isalpha()]
+    assert found == [["q", "10.0", "%"], ["up", "5.0", "%"], ["all", "7.5", "%"]]
 
 
 def test_identical_directories_are_unchanged_everywhere(planted: tuple[Path, Path]) -> None:
@@ -110,7 +183,7 @@ def test_several_updates_are_compared_with_each_other(
     tensors[Q][4, :5] += 1
     second = save(tmp_path / "second", tensors)
     (comparison,) = analyze(str(before), [str(first), str(second)]).comparisons
-    found = comparison.kinds
+    found = comparison.overlaps
     assert list(found) == ["q", "up", "norm", "all"]
     assert (found["q"].first, found["q"].second, found["q"].both, found["q"].uniform) == (10, 5, 5, 10 * 5 / 200)
     assert (found["all"].first, found["all"].both) == (12, 5)
@@ -121,7 +194,25 @@ def test_several_updates_are_compared_with_each_other(
     )
     content = json.loads(out.read_text())
     assert list(content["updates"]) == [str(first), str(second)]
-    assert content["overlaps"][0]["kinds"]["q"]["both"] == 5
+    assert content["comparisons"][0]["overlaps"]["q"]["both"] == 5
+
+
+def test_two_tuned_models_agree_no_more_than_they_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """(1 1 1 1) becomes (2 2 1 1) and (1 2 2 1 + 5e-6): of four entries one is the same, two within 1e-5; the cosine of
+    (1 1 0 0) and (0 1 1 5e-6) is 1/2. The first left two as they were; the second one, and two within 1e-5."""
+    values = {"before": [1.0, 1, 1, 1], "first": [2.0, 2, 1, 1], "second": [1.0, 2, 2, 1 + 5e-6]}
+    places = [str(save(tmp_path / name, {NORM: torch.tensor(value)})) for name, value in values.items()]
+    out = tmp_path / "figures.json"
+    assert cli.main(["analyze", *places, "-o", str(out)]) == 0
+    shares = "25.0 % 50.0 % 50.0 % 50.0 % 25.0 % 50.0 % 0.500"
+    lines = capsys.readouterr().out.split("entries equal in")[1].splitlines()
+    assert [" ".join(line.split()) for line in lines[2:]] == [f"norm {shares}", f"all {shares}"]
+    assert max(map(len, lines[1:])) <= 80
+    found = json.loads(out.read_text())["comparisons"][0]["agreements"]["norm"]
+    assert (found["difference"]["bit_equal"], found["difference"]["within"]["1e-05"]) == (1, 2)
+    assert (found["dot"], found["cosine"]) == (1.0, pytest.approx(0.5, abs=1e-6))
 
 
 def test_a_version_of_a_runs_archive_stands_for_a_directory(planted: tuple[Path, Path], tmp_path: Path) -> None:

@@ -127,9 +127,10 @@ def test_tables_of_the_page_are_the_analysis(analysis: Analysis) -> None:
         assert column(entries[index], "absorption null") == {
             kind: f"{100 * found.sparsity.predicted / found.sparsity.numel:.2f} %" for kind, found in kinds.items()
         }
-        assert column(directions[index], "entropy rank") == {
-            kind: f"{100 * found.spectrum.entropy:.1f} %" for kind, found in kinds.items() if found.spectrum
-        }
+        for heading, name in {"entropy rank": "entropy", "rounding null": "null_numerical"}.items():
+            assert column(directions[index], heading) == {
+                kind: f"{100 * getattr(found.spectrum, name):.1f} %" for kind, found in kinds.items() if found.spectrum
+            }
         assert column(layers[index], "unchanged") == {
             str(layer): f"{100 * pool(rows).sparsity.unchanged:.2f} %" for layer, rows in by_layer(update.rows).items()
         }
@@ -137,10 +138,24 @@ def test_tables_of_the_page_are_the_analysis(analysis: Analysis) -> None:
             row.name: f"{row.sparsity.rms_update:.2e}" if row.sparsity.rms_update else "0" for row in update.rows
         }
     (overlap,) = [table for table in page.tables if "Jaccard" in table[0]]
-    found = analysis.comparisons[0].kinds["q"]
+    found = analysis.comparisons[0].overlaps["q"]
     (q_row,) = [row for row in overlap if row[0] == "q"]
     expected = [found.of_first(n) for n in (found.both, found.uniform, found.matched)]
     assert q_row[3:6] == [f"{100 * share:.1f} %" for share in expected]
+    (agreement,) = [table for table in page.tables if "cosine of the updates" in table[1]]
+    agreed, left = analysis.comparisons[0].agreements["q"], [by_kind(u.rows)["q"] for u in analysis.updates]
+    (q_row,) = [row for row in agreement if row[0] == "q"]
+    pairs = [agreed.difference, *(pool(rows).sparsity for rows in left)]
+    expected = [share for pair in pairs for share in (pair.unchanged, pair.share(pair.within[1e-5]))]
+    assert q_row[1:] == [*(f"{100 * share:.1f} %" for share in expected), f"{agreed.cosine:.3f}"]
+    masks = [table for table in page.tables if "principal, of what changed" in table[0]]
+    for table, update in zip(masks, analysis.updates, strict=True):
+        spectrum = pool(update.rows).spectrum
+        assert spectrum is not None
+        expected = [spectrum.principal.of_first(spectrum.principal.uniform)]
+        for shared in (spectrum.principal, spectrum.low_magnitude):
+            expected += [shared.of_first(shared.both), shared.of_first(shared.matched)]
+        assert table[-1][2:] == [f"{100 * share:.1f} %" for share in expected]
 
 
 def test_what_is_pooled_is_worked_by_hand(tmp_path: Path) -> None:
@@ -156,8 +171,8 @@ def test_what_is_pooled_is_worked_by_hand(tmp_path: Path) -> None:
     assert found.untouched is not None and (found.untouched.rows, found.untouched.columns) == (6 / 8, 6 / 8)
     assert found.untouched.chance_rows == pytest.approx((2 * (7 / 8) ** 4 + 6 * (23 / 24) ** 4) / 8)
     assert found.untouched.chance_columns == pytest.approx((4 * (7 / 8) ** 2 + 4 * (23 / 24) ** 6) / 8)
-    assert found.spectrum is not None and found.spectrum.numerical == (1 / 2 + 1 / 4) / 2
-    assert found.spectrum.shift is None, "there was no spectrum to shift"
+    assert found.rank == (1 / 2 + 1 / 4) / 2
+    assert found.spectrum is not None and found.spectrum.shift is None, "there was no spectrum to shift"
     assert pool([]).untouched is None and pool([]).spectrum is None
 
 
@@ -167,7 +182,7 @@ def test_the_page_needs_nothing_but_itself(analysis: Analysis) -> None:
     assert page.loads and all(value.startswith(("#", "data:")) for value in page.loads)
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", text)
-    assert text.startswith("<!DOCTYPE html>") and page.tags.count("svg") == page.tags.count("figure") == 9
+    assert text.startswith("<!DOCTYPE html>") and page.tags.count("svg") == page.tags.count("figure") == 11
 
 
 def test_what_a_user_named_is_shown_and_never_run(tmp_path: Path) -> None:
@@ -188,8 +203,11 @@ def test_equal_analyses_give_equal_pages(places: tuple[str, str, str], analysis:
 
 def test_a_figure_is_written_as_png_and_svg_and_the_same_each_time(analysis: Analysis, tmp_path: Path) -> None:
     drawn = figures(analysis, HISTORY)
-    names = ["unchanged", "predicted", "tolerances", "untouched", "masks", "ranks", "spectra", "overlaps", "history"]
-    assert list(drawn) == names
+    entries, directions = (
+        ["unchanged", "predicted", "tolerances", "untouched", "masks"],
+        ["ranks", "null_ranks", "spectra"],
+    )
+    assert list(drawn) == [*entries, *directions, "principal", "overlaps", "history"]
     for directory in ("first", "second"):
         again = figures(analysis, HISTORY)
         write_figures({name: again[name] for name in ("tolerances", "masks")}, tmp_path / directory)
@@ -216,7 +234,17 @@ def test_a_figure_says_its_numbers_as_text(analysis: Analysis) -> None:
 
 def test_only_figures_with_data_are_drawn(places: tuple[str, str, str], tmp_path: Path) -> None:
     before, after, _ = places
-    assert list(figures(analyze(before, [after]))) == ["unchanged", "predicted", "tolerances", "untouched", "masks"]
+    entries = ["unchanged", "predicted", "tolerances", "untouched", "masks"]
+    assert list(figures(analyze(before, [after]))) == entries
+    ranked = analyze(before, [after], rank=True)
+    page = render_report(ranked)
+    assert list(figures(ranked)) == [*entries, "ranks"] and "entropy rank" not in page
+    (ranks,) = [table for table in Tables(page).tables if table[0] == ["kind", "rank"]]
+    assert ranks[1:] == [
+        [kind, f"{100 * found.rank:.1f} %"]
+        for kind, rows in by_kind(ranked.updates[0].rows).items()
+        if (found := pool(rows)).rank is not None
+    ]
     vectors = [
         save(tmp_path / name, {"norm.weight": torch.full((4,), value)}) for name, value in (("c", 1.0), ("d", 2.0))
     ]
@@ -257,7 +285,17 @@ def flat(after: str, row: dict[str, Any]) -> dict[str, Any]:
         **{key: counts[key] for key in shares},
         **{f"within_{tolerance}": count for tolerance, count in counts["within"].items()},
         **{f"rank_{key}": value for key, value in (spectrum or {"ranks": {}})["ranks"].items()},
-        **({} if spectrum is None else {key: spectrum[key] for key in ("shift", "smallest_cosine", "intruders")}),
+        "rank_numerical": row["rank"],
+        **(_flat_spectrum(spectrum) if spectrum is not None else {}),
+    }
+
+
+def _flat_spectrum(spectrum: dict[str, Any]) -> dict[str, Any]:
+    counts = ("both", "uniform", "matched")
+    return {
+        **{key: spectrum[key] for key in ("shift", "smallest_cosine", "intruders")},
+        **{f"null_rank_{key}": spectrum["null_ranks"][key] for key in ("numerical", "entropy")},
+        **{f"{entries}_{key}": spectrum[entries][key] for entries in ("principal", "low_magnitude") for key in counts},
     }
 
 
@@ -268,8 +306,16 @@ def parsed(text: str, like: Any) -> Any:
 def test_the_columns_are_the_same_without_spectra(places: tuple[str, str, str], analysis: Analysis) -> None:
     before, after, _ = places
     plain_table, full = flat_table(analyze(before, [after])), flat_table(analysis)
-    assert plain_table.schema == full.schema
+    assert plain_table.schema == full.schema == flat_table(analyze(before, [after], rank=True)).schema
     assert plain_table["rank_entropy"].null_count == len(plain_table)
+
+
+def test_every_column_is_documented(analysis: Analysis) -> None:
+    text = (
+        (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().split("## `rlpost analyze")[1].split("\n## ")[0]
+    )
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert [name for cell in cells for name in re.findall(r"`(\S+)`", cell)] == flat_table(analysis).column_names
 
 
 def test_the_command_writes_each_format_that_is_asked_for(

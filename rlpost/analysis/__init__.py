@@ -6,5 +6,5 @@
     report.py   a page of HTML                  output.py    which file gets what
     live.py     a run watched while it trains   dampen.py    a tuned model without its intruders
 
-`core.sparsity`, `core.spectrum` and `core.overlap` have the measures themselves.
+`core.sparsity`, `core.rank`, `core.spectrum`, `core.overlap` and `core.agreement` have the measures themselves.
 """

@@ -27,6 +27,7 @@ from rlpost.analysis.style import (
     MASK,
     MUTED,
     OBSERVED,
+    OBSERVED_TOO,
     RULE,
     SEQUENTIAL,
     UPDATES,
@@ -59,7 +60,9 @@ def figures(analysis: Analysis, history: History = ()) -> dict[str, Figure]:
             "untouched": _untouched(analysis),
             "masks": _masks(analysis),
             "ranks": _ranks(analysis),
+            "null_ranks": _null_ranks(analysis),
             "spectra": _spectra(analysis),
+            "principal": _principal(analysis),
             "overlaps": _overlaps(analysis),
             "history": _history(history) if history else None,
         }
@@ -82,7 +85,7 @@ def _ranks(analysis: Analysis) -> Figure | None:
     return _by_layer_and_kind(
         analysis,
         {
-            "numerical rank": lambda found: None if found.spectrum is None else found.spectrum.numerical,
+            "numerical rank": lambda found: found.rank,
             "entropy rank": lambda found: None if found.spectrum is None else found.spectrum.entropy,
         },
         of=" of full",
@@ -204,12 +207,7 @@ def _untouched(analysis: Analysis) -> Figure | None:
     def draw(ax: Axes, update: Update) -> list[Any]:
         groups = {k: found.untouched for k, (_, found) in _kinds(update).items() if found.untouched is not None}
         for y, found in enumerate(groups.values()):
-            for offset, color, share, chance in (
-                (-0.17, BLUE, found.rows, found.chance_rows),
-                (0.17, GREEN, found.columns, found.chance_columns),
-            ):
-                ax.barh(y + offset, 100 * share, height=0.3, color=color)
-                ax.plot([100 * chance] * 2, [y + offset - 0.16, y + offset + 0.16], color=VERMILION, lw=2.2)
+            _two_bars(ax, y, (found.rows, found.chance_rows), (found.columns, found.chance_columns))
         _kind_axis(ax, list(groups))
         ax.update_datalim([(0, 0), (1, 0)])  # a percent at least, that nothing looks like much
         return [
@@ -287,9 +285,61 @@ def _masks(analysis: Analysis) -> Figure | None:
     return figure
 
 
+def _null_ranks(analysis: Analysis) -> Figure | None:
+    """Two ranks of the update, by kind, each beside that of the rounding null."""
+    if not _decomposed(analysis):
+        return None
+
+    def draw(ax: Axes, update: Update) -> list[Any]:
+        groups = {kind: found for kind, (_, found) in _kinds(update).items() if found.spectrum is not None}
+        for y, found in enumerate(groups.values()):
+            assert found.spectrum is not None and found.rank is not None
+            spectrum = found.spectrum
+            _two_bars(ax, y, (found.rank, spectrum.null_numerical), (spectrum.entropy, spectrum.null_entropy))
+        _kind_axis(ax, list(groups))
+        return [
+            ax.plot([], [], "s", color=BLUE, ms=7, label="numerical rank")[0],
+            ax.plot([], [], "s", color=GREEN, ms=7, label="entropy rank")[0],
+            ax.plot([], [], "|", color=VERMILION, mew=2.2, ms=9, label="rounding null")[0],
+        ]
+
+    return _panels(analysis, draw, "rank of the update (% of full)")
+
+
+def _principal(analysis: Analysis) -> Figure | None:
+    """Of the changed entries, the share that is principal and the share that is smallest, by kind, between levels of chance."""
+    if not _decomposed(analysis):
+        return None
+
+    def draw(ax: Axes, update: Update) -> list[Any]:
+        groups = {kind: found.spectrum for kind, (_, found) in _kinds(update).items() if found.spectrum is not None}
+        for y, found in enumerate(groups.values()):
+            if not found.principal.first:
+                continue
+            uniform = 100 * found.principal.of_first(found.principal.uniform)
+            ax.plot([uniform] * 2, [y - 0.35, y + 0.35], color=MUTED, lw=2)
+            for offset, look, shared in (
+                (-0.15, OBSERVED, found.principal),
+                (0.15, OBSERVED_TOO, found.low_magnitude),
+            ):
+                both, matched = (100 * shared.of_first(count) for count in (shared.both, shared.matched))
+                ax.plot([both, matched], [y + offset] * 2, color=RULE, lw=1.2, zorder=1)
+                ax.plot(matched, y + offset, **EXPECTED)
+                ax.plot(both, y + offset, **look)
+        _kind_axis(ax, list(groups))
+        return [
+            ax.plot([], [], label="principal before", **OBSERVED)[0],
+            ax.plot([], [], label="smallest before", **OBSERVED_TOO)[0],
+            ax.plot([], [], label="chance, magnitude-matched", **EXPECTED)[0],
+            ax.plot([], [], "|", color=MUTED, ms=10, mew=2, label="chance, uniform")[0],
+        ]
+
+    return _panels(analysis, draw, "of the changed entries (%)")
+
+
 def _spectra(analysis: Analysis) -> Figure | None:
     """Singular values of the updates of each kind, as shares of the largest: the median of its matrices."""
-    if not any(pool(update.rows).spectrum for update in analysis.updates):
+    if not _decomposed(analysis):
         return None
     place_N = np.linspace(0, 1, 201)
 
@@ -329,10 +379,10 @@ def _overlaps(analysis: Analysis) -> Figure | None:
         return None
     pairs = itertools.combinations(short_names([update.after for update in analysis.updates]), 2)
     down, across = grid(len(analysis.comparisons))
-    figure = new_figure(0.5 + down * (0.85 + 0.24 * len(analysis.comparisons[0].kinds)))
+    figure = new_figure(0.5 + down * (0.85 + 0.24 * len(analysis.comparisons[0].overlaps)))
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for ax, comparison, (first, second) in zip(axes.flat, analysis.comparisons, pairs, strict=False):
-        for y, found in enumerate(comparison.kinds.values()):
+        for y, found in enumerate(comparison.overlaps.values()):
             if not found.first:
                 continue
             both, uniform, matched = (
@@ -342,7 +392,7 @@ def _overlaps(analysis: Analysis) -> Figure | None:
             ax.plot(uniform, y, "|", color=MUTED, ms=10, mew=2)
             ax.plot(matched, y, **EXPECTED)
             ax.plot(both, y, **OBSERVED)
-        _kind_axis(ax, list(comparison.kinds))
+        _kind_axis(ax, list(comparison.overlaps))
         fits = len(first) + len(second) + 5 <= 84 // across
         ax.set_title(
             " and ".join((first, second)) if fits else " and\n".join(clip(n, 78 // across) for n in (first, second))
@@ -403,8 +453,19 @@ def _panels(
     return figure
 
 
+def _decomposed(analysis: Analysis) -> bool:
+    return any(row.spectrum is not None for row in analysis.updates[0].rows)
+
+
 def _kinds(update: Update) -> dict[str, tuple[Sequence[WeightRow], Pooled]]:
     return {kind: (rows, pool(rows)) for kind, rows in by_kind(update.rows).items()}
+
+
+def _two_bars(ax: Axes, y: float, blue: tuple[float, float], green: tuple[float, float]) -> None:
+    """Each a share, and the level that a stroke marks."""
+    for offset, color, (share, level) in ((-0.17, BLUE, blue), (0.17, GREEN, green)):
+        ax.barh(y + offset, 100 * share, height=0.3, color=color)
+        ax.plot([100 * level] * 2, [y + offset - 0.16, y + offset + 0.16], color=VERMILION, lw=2.2)
 
 
 def _kind_axis(ax: Axes, kinds: Sequence[str]) -> None:

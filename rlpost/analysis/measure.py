@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rlpost.analysis.stored import Versions, open_versions
-from rlpost.core.overlap import Overlap, overlap, pooled_overlap
+from rlpost.core.agreement import Agreement, agreement, pooled_agreement
+from rlpost.core.overlap import Overlap, overlap, overlap_with_mask, pooled_overlap
+from rlpost.core.rank import numerical_rank
 from rlpost.core.sparsity import (
     RELATIVE,
     TOLERANCES,
@@ -28,13 +30,17 @@ from rlpost.core.spectrum import (
     intruder_dimensions,
     principal_cosines,
     ranks,
+    rounded_approximation,
     singular_values,
     spectral_shift,
 )
+from rlpost.core.subnetwork import low_magnitude_mask, principal_mask
 from rlpost.core.weights import in_model_order, weight_kind, weight_layer
 
 TOP = 10
 """Leading directions that are compared."""
+PRINCIPAL = 0.1
+"""Principal entries are the largest of an approximation of this share of full rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,13 @@ class Spectrum:
     """Of the angles between the top directions before and after."""
     intruders: int
     """Intruder dimensions among the top directions."""
+    null_ranks: Ranks
+    """Of the rounding null: as if the update had been its best approximation of rank `ranks.energy_90`, and then been
+    rounded; see `core.spectrum.rounded_approximation`."""
+    principal: Overlap
+    """Of the changed entries with as many principal ones of the matrix before (LIFT)."""
+    low_magnitude: Overlap
+    """With as many that were smallest before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +82,8 @@ class WeightRow:
     untouched_rows: int | None
     """Rows without a changed entry; None of anything but a matrix."""
     untouched_columns: int | None
+    rank: int | None
+    """Numerical, of the update to a matrix; None where neither it nor spectra were asked for."""
     spectrum: Spectrum | None
 
 
@@ -87,11 +102,15 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What two updates share, by kind of weight, then of "all"."""
+    """What two updates share, by kind of weight, then of "all".
+
+    The version that both began with agrees with either in what that left unchanged: that is in their rows.
+    """
 
     first: str
     second: str
-    kinds: Mapping[str, Overlap]
+    overlaps: Mapping[str, Overlap]
+    agreements: Mapping[str, Agreement]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +138,19 @@ class MeanSpectrum:
     """Of several matrices, each counting alike."""
 
     num_matrices: int
-    numerical: float
-    """Ranks here are shares of the most there could be."""
     entropy: float
+    """Ranks here are shares of the most there could be."""
     energy_90: float
+    null_numerical: float
+    null_entropy: float
     shift: float | None
     smallest_cosine: float
     """The smallest of any of them."""
     intruders: int
     """In all of them."""
+    principal: Overlap
+    """Pooled, as `low_magnitude`: here each entry counts alike."""
+    low_magnitude: Overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,25 +161,30 @@ class Pooled:
     sparsity: Sparsity
     untouched: Untouched | None
     """None without a matrix."""
+    rank: float | None
+    """Numerical, as a share of the most there could be: the mean of the matrices that have one."""
     spectrum: MeanSpectrum | None
     """None without a matrix that was decomposed."""
 
 
-def analyze(before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, spectra: bool = False) -> Analysis:
+def analyze(
+    before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, rank: bool = False, spectra: bool = False
+) -> Analysis:
     """Every weight of the versions; of those in files, one weight of each is in memory at a time.
 
     Args:
         before, after: as `open_version` takes them.
         dtype: what all are rounded to first, such as the one that samplers serve; None: as they are stored.
-        spectra: ranks and geometry too, which take decompositions.
+        rank: the numerical rank of each matrix's update too, which takes no decomposition.
+        spectra: every rank and the geometry, which take several.
 
     Raises:
         ValueError: as `stored.open_versions`; or naming a weight that is not finite.
     """
-    return measure(open_versions([before, *after], dtype=dtype), spectra=spectra)
+    return measure(open_versions([before, *after], dtype=dtype), rank=rank, spectra=spectra)
 
 
-def measure(versions: Versions, *, spectra: bool = False, largest: int | None = None) -> Analysis:
+def measure(versions: Versions, *, rank: bool = False, spectra: bool = False, largest: int | None = None) -> Analysis:
     """As `analyze`, of opened versions.
 
     Args:
@@ -166,20 +194,25 @@ def measure(versions: Versions, *, spectra: bool = False, largest: int | None = 
     rows: list[list[WeightRow]] = [[] for _ in after]
     pictures: list[dict[str, Tensor]] = [{} for _ in after]
     pairs = list(itertools.combinations(range(len(after)), 2))
-    shared: list[dict[str, list[Overlap]]] = [{} for _ in pairs]
+    shared: list[dict[str, list[tuple[Overlap, Agreement]]]] = [{} for _ in pairs]
     pictured = _middle_layer(versions.names)
     for name in versions.names:
         base, *others = versions.tensors(name)
         for index, other in enumerate(others):
             try:
                 small = largest is None or min(base.shape, default=0) <= largest
-                rows[index].append(weigh(name, base, other, spectra=spectra and small))
+                rows[index].append(weigh(name, base, other, rank=rank, spectra=spectra and small))
             except ValueError as error:
                 raise ValueError(f"{before} and {after[index]}: {name}: {error}") from error
             if name in pictured and base.ndim == 2:
                 pictures[index][name] = changed_grid(base, other)
         for kinds, (first, second) in zip(shared, pairs, strict=True):
-            kinds.setdefault(weight_kind(name), []).append(overlap(base, others[first], others[second]))
+            one, other = others[first], others[second]
+            try:
+                found = overlap(base, one, other), agreement(base, one, other)
+            except ValueError as error:
+                raise ValueError(f"{after[first]} and {after[second]}: {name}: {error}") from error
+            kinds.setdefault(weight_kind(name), []).append(found)
     return Analysis(
         before=before,
         updates=tuple(
@@ -187,19 +220,24 @@ def measure(versions: Versions, *, spectra: bool = False, largest: int | None = 
             for where, found, notes, drawn in zip(after, rows, versions.notes[1:], pictures, strict=True)
         ),
         comparisons=tuple(
-            Comparison(first=after[first], second=after[second], kinds=_pooled_kinds(kinds))
+            _comparison(after[first], after[second], kinds)
             for kinds, (first, second) in zip(shared, pairs, strict=True)
         ),
     )
 
 
-def weigh(name: str, before: Tensor, after: Tensor, *, spectra: bool = False) -> WeightRow:
+def weigh(name: str, before: Tensor, after: Tensor, *, rank: bool = False, spectra: bool = False) -> WeightRow:
     """Raises ValueError when shapes or dtypes differ, or an entry is not finite."""
     counts = sparsity(before, after)
     is_matrix = before.ndim == 2 and before.numel() > 0
     untouched = (
         [int((share == 0).sum()) for share in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
     )
+    spectrum = _spectrum(before, after, changed=counts.numel - counts.bit_equal) if spectra and is_matrix else None
+    if spectrum is not None:
+        found = spectrum.ranks.numerical
+    else:
+        found = numerical_rank(after.float() - before.float()) if rank and is_matrix else None
     return WeightRow(
         name=name,
         kind=weight_kind(name),
@@ -209,7 +247,8 @@ def weigh(name: str, before: Tensor, after: Tensor, *, spectra: bool = False) ->
         sparsity=counts,
         untouched_rows=untouched[0],
         untouched_columns=untouched[1],
-        spectrum=_spectrum(before, after) if spectra and is_matrix else None,
+        rank=found,
+        spectrum=spectrum,
     )
 
 
@@ -226,11 +265,13 @@ def by_layer(rows: Sequence[WeightRow]) -> dict[int, list[WeightRow]]:
 
 
 def pool(rows: Sequence[WeightRow]) -> Pooled:
+    ranks_of_full = [row.rank / min(row.shape) for row in rows if row.rank is not None]
     return Pooled(
         num_weights=len(rows),
         sparsity=pooled(row.sparsity for row in rows),
         untouched=_untouched([row for row in rows if row.untouched_rows is not None]),
-        spectrum=_mean_spectrum([row.spectrum for row in rows if row.spectrum is not None and row.spectrum.ranks.full]),
+        rank=fmean(ranks_of_full) if ranks_of_full else None,
+        spectrum=_mean_spectrum([row.spectrum for row in rows if row.spectrum is not None]),
     )
 
 
@@ -243,12 +284,15 @@ def plain(analysis: Analysis) -> dict[str, Any]:
         "updates": {
             update.after: {
                 "notes": update.notes,
-                "kinds": {k: _plain(pooled(row.sparsity for row in rows)) for k, rows in by_kind(update.rows).items()},
+                "kinds": {kind: _plain_pooled(pool(rows)) for kind, rows in by_kind(update.rows).items()},
                 "weights": [asdict(row) | {"sparsity": _plain(row.sparsity)} for row in update.rows],
             }
             for update in analysis.updates
         },
-        "overlaps": [asdict(comparison) for comparison in analysis.comparisons],
+        "comparisons": [
+            asdict(found) | {"agreements": {kind: _plain_agreement(a) for kind, a in found.agreements.items()}}
+            for found in analysis.comparisons
+        ],
     }
 
 
@@ -260,20 +304,34 @@ def _middle_layer(names: Sequence[str]) -> set[str]:
     return {name for name, layer in layers.items() if layer == middle}
 
 
-def _pooled_kinds(of_kind: Mapping[str, Sequence[Overlap]]) -> dict[str, Overlap]:
-    every = [part for parts in of_kind.values() for part in parts]
-    return {kind: pooled_overlap(of_kind[kind]) for kind in in_model_order(of_kind)} | {"all": pooled_overlap(every)}
+def _comparison(first: str, second: str, of_kind: Mapping[str, Sequence[tuple[Overlap, Agreement]]]) -> Comparison:
+    groups = {kind: of_kind[kind] for kind in in_model_order(of_kind)}
+    groups["all"] = [part for parts in of_kind.values() for part in parts]
+    return Comparison(
+        first=first,
+        second=second,
+        overlaps={kind: pooled_overlap(shared for shared, _ in parts) for kind, parts in groups.items()},
+        agreements={kind: pooled_agreement(agreed for _, agreed in parts) for kind, parts in groups.items()},
+    )
 
 
-def _spectrum(before_MK: Tensor, after_MK: Tensor) -> Spectrum:
+def _spectrum(before_MK: Tensor, after_MK: Tensor, *, changed: int) -> Spectrum:
+    shape = (before_MK.shape[0], before_MK.shape[1])
     sigma_R = singular_values(before_MK, after_MK)
+    found = ranks(sigma_R, shape)
+    null_MK = rounded_approximation(before_MK, after_MK, found.energy_90)
     old, new = decompose(before_MK), decompose(after_MK)
+    rank, density = max(1, round(PRINCIPAL * found.full)), changed / before_MK.numel()
+    principal_MK = principal_mask(before_MK, rank=rank, density=density, left_MR=old.left_MR)
     return Spectrum(
-        ranks=ranks(sigma_R, (before_MK.shape[0], before_MK.shape[1])),
+        ranks=found,
         singular_values=tuple(sigma_R.tolist()),
         shift=spectral_shift(old, new),
         smallest_cosine=float(principal_cosines(old, new, TOP)[-1]),
         intruders=intruder_dimensions(old, new, k=TOP),
+        null_ranks=ranks(singular_values(before_MK, null_MK), shape),
+        principal=overlap_with_mask(before_MK, after_MK, principal_MK),
+        low_magnitude=overlap_with_mask(before_MK, after_MK, low_magnitude_mask(before_MK, density=density)),
     )
 
 
@@ -295,13 +353,25 @@ def _mean_spectrum(spectra: Sequence[Spectrum]) -> MeanSpectrum | None:
     shifts = [spectrum.shift for spectrum in spectra if spectrum.shift is not None]
     return MeanSpectrum(
         num_matrices=len(spectra),
-        numerical=fmean(s.ranks.numerical / s.ranks.full for s in spectra),
         entropy=fmean(s.ranks.entropy / s.ranks.full for s in spectra),
         energy_90=fmean(s.ranks.energy_90 / s.ranks.full for s in spectra),
+        null_numerical=fmean(s.null_ranks.numerical / s.ranks.full for s in spectra),
+        null_entropy=fmean(s.null_ranks.entropy / s.ranks.full for s in spectra),
         shift=fmean(shifts) if shifts else None,
         smallest_cosine=min(s.smallest_cosine for s in spectra),
         intruders=sum(s.intruders for s in spectra),
+        principal=pooled_overlap(s.principal for s in spectra),
+        low_magnitude=pooled_overlap(s.low_magnitude for s in spectra),
     )
+
+
+def _plain_pooled(found: Pooled) -> dict[str, Any]:
+    spectrum = None if found.spectrum is None else asdict(found.spectrum)
+    return _plain(found.sparsity) | {"rank": found.rank, "spectrum": spectrum}
+
+
+def _plain_agreement(found: Agreement) -> dict[str, Any]:
+    return asdict(found) | {"difference": _plain(found.difference), "cosine": found.cosine}
 
 
 def _plain(counts: Sparsity) -> dict[str, Any]:

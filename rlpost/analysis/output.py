@@ -19,7 +19,12 @@ from rlpost.core.spectrum import Ranks
 
 FORMATS = (".json", ".html", ".csv", ".parquet")
 RANKS = [field.name for field in fields(Ranks)]
-FLOATS = ("rank_stable", "rank_entropy", "shift", "smallest_cosine")
+SETS = ("principal", "low_magnitude")
+"""Of entries, that those which changed are held against."""
+FLOATS = {
+    "rank_stable", "rank_entropy", "null_rank_entropy", "shift", "smallest_cosine",
+    *(f"{name}_{chance}" for name in SETS for chance in ("uniform", "matched")),
+}  # fmt: skip
 """Of the columns that may be empty."""
 
 
@@ -47,7 +52,7 @@ def write_analysis(path: Path, analysis: Analysis) -> None:
 
 
 def flat_table(analysis: Analysis) -> pyarrow.Table:
-    """A row per weight and update, of every figure but the singular values; the columns are always the same."""
+    """A row per weight and update; the columns, which docs/metrics.md explains, are always the same."""
     rows = [_flat(analysis, update, row) for update in analysis.updates for row in update.rows]
     return pyarrow.table({name: _column(name, [row[name] for row in rows]) for name in rows[0]} if rows else {})
 
@@ -73,7 +78,15 @@ def _flat(analysis: Analysis, update: Update, row: WeightRow) -> dict[str, Any]:
         "untouched_rows": row.untouched_rows,
         "untouched_columns": row.untouched_columns,
         **{f"rank_{name}": spectrum and getattr(spectrum.ranks, name) for name in RANKS},
+        "rank_numerical": row.rank,
+        "null_rank_numerical": spectrum and spectrum.null_ranks.numerical,
+        "null_rank_entropy": spectrum and spectrum.null_ranks.entropy,
         **{name: spectrum and getattr(spectrum, name) for name in ("shift", "smallest_cosine", "intruders")},
+        **{
+            f"{name}_{count}": spectrum and getattr(getattr(spectrum, name), count)
+            for name in SETS
+            for count in ("both", "uniform", "matched")
+        },
     }
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from rlpost import __version__
 from rlpost.analysis.figures import History, figures
-from rlpost.analysis.measure import TOP, Analysis, Pooled, Update, WeightRow, by_kind, by_layer, pool
+from rlpost.analysis.measure import PRINCIPAL, TOP, Analysis, Pooled, Update, WeightRow, by_kind, by_layer, pool
 from rlpost.analysis.names import printable, short_names
 from rlpost.analysis.style import power, svg
 from rlpost.core.overlap import NUM_BINS
@@ -49,16 +49,18 @@ def write_report(path: Path, analysis: Analysis, *, history: History = ()) -> No
 def render_report(analysis: Analysis, *, history: History = ()) -> str:
     """The page; equal analyses give equal ones."""
     labels = short_names([update.after for update in analysis.updates])
-    pairs = itertools.combinations(labels, 2)
+    updates = [_shown(update, label) for update, label in zip(analysis.updates, labels, strict=True)]
+    pairs = itertools.combinations(updates, 2)
     rows = analysis.updates[0].rows
     return template(Path(__file__).with_name("report.html")).render(
         before=printable(analysis.before),
-        updates=[_shown(update, label) for update, label in zip(analysis.updates, labels, strict=True)],
-        comparisons=[(*pair, found.kinds) for pair, found in zip(pairs, analysis.comparisons, strict=True)],
+        updates=updates,
+        comparisons=[(*pair, found) for pair, found in zip(pairs, analysis.comparisons, strict=True)],
         dtypes=sorted({row.dtype for row in rows}),
         num_bytes=sum(row.sparsity.numel * WIDTHS.get(row.dtype, 1) for row in rows),
         figures={name: Markup(svg(figure)) for name, figure in figures(analysis, history).items()},
         top=TOP,
+        principal=PRINCIPAL,
         relative=power(RELATIVE),
         num_bins=NUM_BINS,
         version=__version__,
@@ -84,7 +86,14 @@ def template(file: Path) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "small": _small, "size": _size, "count": _count}
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "small": _small,
+        "size": _size,
+        "count": _count,
+        "cosine": _cosine,
+    }
     return environment.get_template(file.name)
 
 
@@ -103,6 +112,10 @@ def _small(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None else f"{value:z.3f}"
 
 
 def _size(num_bytes: int) -> str:

@@ -41,6 +41,7 @@ KINDS = {
     "head": (INK, ":"),
 }
 OBSERVED = {"marker": "o", "ls": "", "color": BLUE, "ms": 6}
+OBSERVED_TOO = {"marker": "o", "ls": "", "color": GREEN, "ms": 6}
 EXPECTED = {"marker": "D", "ls": "", "mfc": "white", "mec": VERMILION, "mew": 1.5, "ms": 7}
 SEQUENTIAL = LinearSegmentedColormap.from_list("share", ("#f3f7fb", "#a9cbe3", "#4f94c4", "#15609f", "#082c5c"))
 MASK = LinearSegmentedColormap.from_list("mask", ("#f6f7f9", "#8b93a0", "#10151d"))
