@@ -86,7 +86,7 @@ def arm_result(study: Study, arm: str, analysis: Analysis) -> ArmResult:
     runs = study.of_arm(arm)
     found = [pool(update.rows) for update in analysis.updates]
     as_stored = analyze(str(study.start.model), [str(run.model) for run in runs]).updates
-    overlaps = [comparison.kinds["all"] for comparison in analysis.comparisons]
+    overlaps = [comparison.overlaps["all"] for comparison in analysis.comparisons]
     spectra = [update.spectrum for update in found if update.spectrum is not None]
     assert len(spectra) == len(found), "spectra were asked for"
     of = next(entry.of for entry in study.config.arm if entry.name == arm)
@@ -98,7 +98,7 @@ def arm_result(study: Study, arm: str, analysis: Analysis) -> ArmResult:
         within=_over(update.sparsity.share(update.sparsity.within[1e-5]) for update in found),
         unchanged_as_stored=_over(_unchanged(update) for update in as_stored),
         rms_update=_over(update.sparsity.rms_update for update in found),
-        rank=_over(spectrum.numerical for spectrum in spectra),
+        rank=_over(update.rank for update in found if update.rank is not None),
         entropy_rank=_over(spectrum.entropy for spectrum in spectra),
         intruders=_over(float(spectrum.intruders) for spectrum in spectra),
         shared=_over(o.of_first(o.both) for o in overlaps) if overlaps else None,
