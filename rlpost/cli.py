@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "after", nargs="+", help="the same, or a LoRA adapter; several are also compared with each other"
     )
     analyze.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="compare both rounded to it")
-    analyze.add_argument("--rank", action="store_true", help="the numerical rank of each matrix's update too; no SVD")
+    analyze.add_argument("--rank", action="store_true", help="the numerical rank of each matrix's update too; cheap")
     analyze.add_argument(
         "--spectra",
         action="store_true",

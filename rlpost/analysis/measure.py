@@ -175,7 +175,7 @@ def analyze(
     Args:
         before, after: as `open_version` takes them.
         dtype: what all are rounded to first, such as the one that samplers serve; None: as they are stored.
-        rank: the numerical rank of each matrix's update too, which takes no decomposition.
+        rank: the numerical rank of each matrix's update too, which seldom takes a decomposition.
         spectra: every rank and the geometry, which take several.
 
     Raises:
