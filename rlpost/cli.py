@@ -220,6 +220,9 @@ def _analyze(arguments: argparse.Namespace) -> int:
     from rlpost.analysis.output import check_output, write_analysis
     from rlpost.analysis.tables import render, render_comparison
 
+    if not arguments.spectra:
+        # Counting waits for memory, and on busy cores for every thread it shares short work with.
+        torch.set_num_threads(1)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     try:
         for path in arguments.output:

@@ -231,7 +231,7 @@ def weigh(name: str, before: Tensor, after: Tensor, *, rank: bool = False, spect
     counts = sparsity(before, after)
     is_matrix = before.ndim == 2 and before.numel() > 0
     untouched = (
-        [int((share == 0).sum()) for share in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
+        [int((~changed).sum()) for changed in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
     )
     spectrum = _spectrum(before, after, changed=counts.numel - counts.bit_equal) if spectra and is_matrix else None
     if spectrum is not None:

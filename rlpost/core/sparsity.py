@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def sparsity(before: Tensor, after: Tensor) -> Sparsity:
     beyond = dict.fromkeys(TOLERANCES, 0)
     for low in range(0, numel, CHUNK):
         old, new = before_N[low : low + CHUNK], after_N[low : low + CHUNK]
-        changed = bits(old) != bits(new)
+        # numpy's flatnonzero, as torch's takes twice to nine times as long.
+        changed = torch.from_numpy(np.flatnonzero((bits(old) != bits(new)).numpy()))
         old, new = old[changed], new[changed]
         difference = (new - old).abs()
         if not difference.isfinite().all():
@@ -81,8 +83,9 @@ def sparsity(before: Tensor, after: Tensor) -> Sparsity:
         num_changed += len(old)
         for tolerance in TOLERANCES:
             beyond[tolerance] += int((difference > torch.tensor(tolerance, dtype=old.dtype)).sum())
-        exact = (new.double() - old.double()).abs()
-        relative += int((exact > RELATIVE * torch.maximum(new.double().abs(), old.double().abs())).sum())
+        old, new = old.double(), new.double()
+        exact = (new - old).abs()
+        relative += int((exact > RELATIVE * torch.maximum(new.abs(), old.abs())).sum())
         squared += float(exact.square().sum())
     rms = math.sqrt(squared / numel) if numel else 0.0
     return Sparsity(
@@ -116,8 +119,13 @@ def absorption_null(before_N: Tensor, rms_update: float) -> float:
     """
     if not before_N.numel() or rms_update == 0.0:
         return 1.0
-    sample = before_N[:: max(1, before_N.numel() // NULL_SAMPLE)]
-    return float(torch.erf(spacing(sample) / (2 * math.sqrt(2) * rms_update)).mean())
+    sample = bits(before_N)[:: max(1, before_N.numel() // NULL_SAMPLE)]
+    # Spacing is the exponent's alone, and there are few of them.
+    num_fraction_bits = round(-math.log2(torch.finfo(before_N.dtype).eps))
+    num_exponents = 1 << (8 * sample.element_size() - 1 - num_fraction_bits)
+    powers = (torch.arange(num_exponents) << num_fraction_bits).to(sample.dtype).view(before_N.dtype)
+    absorbed = torch.erf(spacing(powers) / (2 * math.sqrt(2) * rms_update))
+    return float(absorbed[(sample >> num_fraction_bits).long() & (num_exponents - 1)].mean())
 
 
 def spacing(values: Tensor) -> Tensor:
@@ -130,9 +138,17 @@ def spacing(values: Tensor) -> Tensor:
 
 
 def changed_rows_and_columns(before_MK: Tensor, after_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of changed entries of each row [M] and each column [K]."""
-    changed_MK = bits(before_MK) != bits(after_MK)
-    return changed_MK.float().mean(1), changed_MK.float().mean(0)
+    """Whether any entry of each row [M] and of each column [K] changed; of a matrix with entries, some rows at a time."""
+    num_rows, num_columns = before_MK.shape
+    rows_M, columns_K = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(num_columns, dtype=torch.bool)
+    step = max(1, CHUNK // num_columns)
+    for low in range(0, num_rows, step):
+        rows = slice(low, low + step)
+        # Of bytes, the largest takes a twentieth of the time of `any`.
+        changed = (bits(before_MK[rows]) != bits(after_MK[rows])).view(torch.uint8)
+        rows_M[rows] = changed.amax(1).bool()
+        columns_K |= changed.amax(0).bool()
+    return rows_M, columns_K
 
 
 def changed_grid(before_MK: Tensor, after_MK: Tensor, *, size: int = 96) -> Tensor:

@@ -109,13 +109,26 @@ def test_an_update_that_only_size_and_spacing_decide_is_predicted(size: float) -
     assert absorption_null(before.flatten(), size) == pytest.approx(observed, abs=2e-3)
 
 
-def test_rows_and_columns_that_changed() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_prediction_is_the_mean_over_every_entrys_spacing(dtype: torch.dtype) -> None:
+    """With zeros, both signs, and values below the smallest normal one."""
+    torch.manual_seed(0)
+    values = (torch.randn(500).double() * 10.0 ** torch.randint(-4, 3, (500,))).to(dtype)
+    values[:10], values[10:20] = 0.0, torch.finfo(dtype).smallest_normal / 2
+    expected = torch.erf(spacing(values) / (2 * math.sqrt(2) * 1e-4)).mean()
+    assert absorption_null(values, 1e-4) == pytest.approx(float(expected), rel=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 1 << 22])
+def test_rows_and_columns_that_changed(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """However many rows are looked at together."""
+    monkeypatch.setattr("rlpost.core.sparsity.CHUNK", chunk)
     before = torch.zeros(3, 4)
     after = before.clone()
     after[1, :2] = 1.0
     rows, columns = changed_rows_and_columns(before, after)
-    assert rows.tolist() == [0.0, 0.5, 0.0]
-    assert columns.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 0.0])
+    assert rows.tolist() == [False, True, False]
+    assert columns.tolist() == [True, True, False, False]
 
 
 def test_a_grid_has_the_share_of_changed_entries_in_each_of_its_cells() -> None:
