@@ -44,8 +44,8 @@ def test_a_majority_by_hand() -> None:
 )
 def test_a_majority_is_the_average_over_all_subsets(num: int, right: int, wrong: tuple[int, ...]) -> None:
     """Against the obvious version: every subset, its votes counted, ties shared."""
-    answers: list[int | None] = [0] * right + [i + 1 for i, count in enumerate(wrong) for _ in range(count)]
-    answers += [None] * (num - len(answers))
+    stated = [0] * right + [i + 1 for i, count in enumerate(wrong) for _ in range(count)]
+    answers = [*stated, *[None] * (num - len(stated))]
     for k in range(1, num + 1):
         shares = []
         for subset in itertools.combinations(answers, k):
