@@ -187,6 +187,7 @@ def _table(result: SetResult, found: Mapping[str, Any], labels: Sequence[str]) -
         if any(model["majority_at"] for model in models):
             table.add_row(f"maj@{k}", *(_percent(model["majority_at"].get(k)) for model in models))
     table.add_row("truncated", *(f"{model['truncated_share']:.1%}".removesuffix("%") for model in models))
+    table.add_row("mean tokens", *(f"{model['response_length_mean']:,.1f}" for model in models))
     for index, bucket in enumerate(models[0]["by_length"]):
         row = f"{bucket['tokens_from']} to {bucket['tokens_to']} tokens"
         table.add_row(row, *(_percent(model["by_length"][index]) for model in models))
@@ -194,7 +195,6 @@ def _table(result: SetResult, found: Mapping[str, Any], labels: Sequence[str]) -
         kind = bucket["first_model"]
         same = [next((b for b in m["by_difficulty"] if b["first_model"] == kind), None) for m in models]
         table.add_row(f"A: {kind} ({bucket['num_problems']})", *map(_percent, same))
-    table.add_row("mean tokens", *(f"{model['response_length_mean']:,.1f}" for model in models))
     return table
 
 

@@ -258,6 +258,16 @@ def test_the_table_fits_80_columns_with_any_number_of_models() -> None:
     ]
 
 
+def test_every_key_is_documented() -> None:
+    text = (QUICKSTART.parents[1] / "docs" / "evaluation.md").read_text()
+    found = figures(make_result(A=BEFORE, B=AFTER))
+    keys = {key for key in found if key not in ("models", "differences")}
+    keys |= {f"models/<m>/{key}" for key in found["models"]["A"]}
+    missing = {key for key in keys if f"`{key}`" not in text and f"`{key}/<k>`" not in text}
+    missing |= {key for key in found["differences"]["B"] if key not in text}
+    assert not missing
+
+
 @pytest.mark.parametrize(
     ("response", "vote"),
     [(r"So \boxed{1/2}", "1/2"), (r"\boxed{0.50}", "1/2"), (r"\boxed{\dfrac{1}{2}}", "1/2"), (r"\boxed{x + 1}", "x+1")],
