@@ -32,6 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
     train.add_argument("--resume", action="store_true", help="continue from the run directory's last checkpoint")
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate models on a recipe's eval sets, several samples a problem, and compare them",
+        description="Evaluate models with a recipe's [[eval]], [data], [sampler] and [verifier] tables. What DIRECTORY holds"
+        " already is not drawn again.",
+    )
+    evaluate.add_argument("recipe", type=Path)
+    evaluate.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL or key.path=value",
+        help="a model directory, a run's directory (what it exported last) or a name on the hub; the first is what the"
+        " others are compared with. And overrides of the recipe",
+    )
+    evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="of each problem (default: as the eval sets say)")
+    evaluate.add_argument("--temperature", type=float, help="(default: as the eval sets say)")
+
     study = commands.add_parser("study", help="make the runs of a study, analyze and compare their updates")
     study.add_argument("study", type=Path, metavar="STUDY")
     study.add_argument("--dry-run", action="store_true", help="print the runs and start none")
@@ -122,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(arguments)
+        if arguments.command == "eval":
+            return _eval(arguments)
         if arguments.command == "study":
             return _study(arguments)
         if arguments.command == "summary":
@@ -176,6 +196,33 @@ def _train(arguments: argparse.Namespace) -> int:
 
         return run_recipe(recipe, resume=arguments.resume, console=console)
     except RecipeError as error:
+        return _stopped(str(error), exit_codes.USAGE)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlpost.plan import check_resources, local_resources
+    from rlpost.recipe import load_recipe
+
+    overrides = [item for item in arguments.models if "=" in item and not Path(item).exists()]
+    models = [item for item in arguments.models if item not in overrides]
+    if not models:
+        return _stopped(
+            "give at least one model: a directory, a run's directory or a name on the hub", exit_codes.USAGE
+        )
+    try:
+        recipe = load_recipe(arguments.recipe, overrides)
+        for key, value in (("samples", arguments.samples), ("temperature", arguments.temperature)):
+            if value is not None:
+                overrides += [f"eval.{item.name}.{key}={value}" for item in recipe.eval]
+        recipe = load_recipe(arguments.recipe, overrides)
+        if recipe.ray_address is None:
+            check_resources(recipe, local_resources(), learning=False)
+        from rlpost.evaluate import evaluate_models
+
+        return evaluate_models(recipe, models, arguments.output, Console(soft_wrap=True))
+    except ValueError as error:  # RecipeError too
         return _stopped(str(error), exit_codes.USAGE)
 
 

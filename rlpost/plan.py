@@ -52,28 +52,32 @@ def local_resources() -> Resources:
     return Resources(cores=len(os.sched_getaffinity(0)), gpus=gpus)
 
 
-def check_resources(recipe: Recipe, resources: Resources) -> None:
+def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = True) -> None:
     """Refuse demands that can never be met; a Ray cluster (`ray_address`) is left to Ray.
+
+    Args:
+        learning: False: no learner is started.
 
     Raises:
         RecipeError: with demand and supply.
     """
-    sampler, learner = recipe.sampler, recipe.learner
-    gpus = sampler.workers * sampler.gpus + learner.ranks * learner.gpus_per_rank
+    sampler, learner, ranks = recipe.sampler, recipe.learner, recipe.learner.ranks if learning else 0
+    gpus = sampler.workers * sampler.gpus + ranks * learner.gpus_per_rank
     if gpus > resources.gpus:
+        asked = f"sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus}"
+        asked += f" + learner.ranks {ranks} x learner.gpus_per_rank {learner.gpus_per_rank}" if learning else ""
         raise RecipeError(
-            f"the recipe needs {gpus} GPUs (sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus} +"
-            f" learner.ranks {learner.ranks} x learner.gpus_per_rank {learner.gpus_per_rank}), this machine has"
-            f" {resources.gpus}: lower them, or give a cluster with ray_address"
+            f"the recipe needs {gpus} GPUs ({asked}), this machine has {resources.gpus}: lower them, or give a cluster with"
+            " ray_address"
         )
     cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
-        0 if learner.gpus_per_rank else learner.ranks * learner.threads
+        0 if learner.gpus_per_rank else ranks * learner.threads
     )
     if cores > resources.cores:
+        asked = f"sampler.workers {sampler.workers} x sampler.threads {sampler.threads}"
+        asked += f" + learner.ranks {ranks} x learner.threads {learner.threads}" if learning else ""
         raise RecipeError(
-            f"the recipe needs {cores} cores (sampler.workers {sampler.workers} x sampler.threads {sampler.threads} +"
-            f" learner.ranks {learner.ranks} x learner.threads {learner.threads}), this machine has {resources.cores}:"
-            " lower workers, ranks or threads"
+            f"the recipe needs {cores} cores ({asked}), this machine has {resources.cores}: lower workers, ranks or threads"
         )
 
 

@@ -44,7 +44,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         OSError: when the run directory cannot be written.
     """
     started = time.perf_counter()
-    _interruptible()
+    interruptible()
     # transformers imports DeepSpeed where it is installed, which then looks for accelerators; this process needs none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run_dir = recipe.directory.resolve()
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
     from rlpost.workers.ray_workers import RayWorkers
 
     with ray_cluster(recipe.ray_address), contextlib.ExitStack() as cleanup:
-        _interruptible()  # Ray has put a handler of its own in place
+        interruptible()  # Ray has put a handler of its own in place
         workers = RayWorkers(
             model_path=model_path,
             sampler=recipe.sampler,
@@ -85,7 +85,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
     return code
 
 
-def _interruptible() -> None:
+def interruptible() -> None:
     """SIGINT and SIGTERM raise KeyboardInterrupt, so that what was started is ended."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

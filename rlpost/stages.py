@@ -56,16 +56,7 @@ class RunPlan:
 
 def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> RunPlan:
     """Load and check all data; resolve the stages."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except Exception as error:  # tokenizers raises no narrower one
-        raise RecipeError(f"the tokenizer in {model_path} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
-        )
+    tokenizer = _tokenizer(model_path)
     if recipe.learner.lora is not None:
         _check_lora(recipe.learner.lora, model_path)
     used = {stage.data for stage in recipe.stage}
@@ -78,7 +69,17 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
                 raise RecipeError(
                     f"the data of stage {stage.name!r} is not what this run began with: cannot resume on it"
                 )
-    eval_sets = tuple(
+    return RunPlan(stages=stages, eval_sets=_eval_sets(recipe, prompts), left_out=left_out, start=checkpoint)
+
+
+def load_eval_sets(recipe: Recipe, model_path: Path) -> tuple[EvalSet, ...]:
+    """The recipe's, with the prompts that the model's tokenizer makes of them; loaded and checked as for a run."""
+    tokenizer = _tokenizer(model_path)
+    return _eval_sets(recipe, {item.data: _load(recipe, item.data, tokenizer, {}) for item in recipe.eval})
+
+
+def _eval_sets(recipe: Recipe, prompts: Mapping[str, Sequence[Prompt]]) -> tuple[EvalSet, ...]:
+    return tuple(
         EvalSet(
             name=item.name,
             prompts=prompts[item.data][: item.num_prompts],
@@ -88,7 +89,20 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
         )
         for item in recipe.eval
     )
-    return RunPlan(stages=stages, eval_sets=eval_sets, left_out=left_out, start=checkpoint)
+
+
+def _tokenizer(model_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise RecipeError(f"the tokenizer in {model_path} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"the tokenizer in {model_path} has no end-of-sequence token: set eos_token and save it again"
+        )
+    return tokenizer
 
 
 def _check_lora(lora: LoraConfig, model_path: Path) -> None:

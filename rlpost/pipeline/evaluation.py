@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlpost.core.pass_at_k import clustered_mean
 from rlpost.pipeline.deadlines import within
-from rlpost.pipeline.fleet import Fleet, Limits
-from rlpost.pipeline.ports import GroupRequest, Verifier
+from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.ports import GroupRequest, Handle, Verifier
 from rlpost.pipeline.seeds import derive_seed
-from rlpost.types import Prompt
+from rlpost.types import GroupSummary, Judgement, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,38 +33,56 @@ class Settings(Protocol):
     def limits(self) -> Limits: ...
 
 
-async def evaluate(eval_set: EvalSet, fleet: Fleet, verifier: Verifier, settings: Settings) -> dict[str, Any]:
-    """pass@1: the mean reward over all samples, with the standard error of the mean over prompts.
+class Samplers(Protocol):
+    """Whoever has a group sampled: a run's `Fleet`, or samplers that nothing is published to."""
 
-    Seeds depend on the run's seed and the prompt, not on the version: two versions answer under the same draws.
+    async def sample(self, request: GroupRequest) -> tuple[Handle, GroupSummary]: ...
+
+
+async def draw(
+    eval_set: EvalSet,
+    prompt: Prompt,
+    numbers: Sequence[int],
+    samplers: Samplers,
+    verifier: Verifier,
+    settings: Settings,
+) -> tuple[Handle, GroupSummary, tuple[Judgement, ...]]:
+    """The samples of a prompt that have these numbers, judged.
+
+    Seeds depend on the run's seed, the prompt and the number, not on the version: two versions answer under the same draws.
     """
+    request = GroupRequest(
+        prompt=prompt,
+        seeds_G=tuple(derive_seed(settings.seed, "eval", prompt.id, number) for number in numbers),
+        temperature=eval_set.temperature,
+        max_tokens=eval_set.max_tokens,
+    )
+    handle, summary = await samplers.sample(request)
+    judging = verifier.judge(handle)
+    judgements = await within(settings.limits.judge_s, judging, worker=verifier.name, phase=f"judging {prompt.id}")
+    return handle, summary, judgements
 
-    async def one(prompt: Prompt) -> tuple[list[float], list[str], list[int], list[str]]:
-        seeds = tuple(derive_seed(settings.seed, "eval", prompt.id, i) for i in range(eval_set.num_samples))
-        request = GroupRequest(
-            prompt=prompt, seeds_G=seeds, temperature=eval_set.temperature, max_tokens=eval_set.max_tokens
-        )
-        handle, summary = await fleet.sample(request)
-        judgements = await within(
-            settings.limits.judge_s, verifier.judge(handle), worker=verifier.name, phase=f"judging {prompt.id}"
-        )
-        rewards = [j.reward for j in judgements]
-        return rewards, [j.outcome for j in judgements], list(summary.num_tokens_G), list(summary.finish_reasons_G)
 
-    results = await asyncio.gather(*(one(prompt) for prompt in eval_set.prompts))
-    means = [sum(rewards) / len(rewards) for rewards, *_ in results]
-    accuracy = sum(means) / len(means)
-    variance = sum((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1)
-    outcomes = Counter(outcome for _, outcomes, *_ in results for outcome in outcomes)
-    lengths = [length for *_, lengths, _ in results for length in lengths]
-    reasons = [reason for *_, reasons in results for reason in reasons]
+async def evaluate(eval_set: EvalSet, samplers: Samplers, verifier: Verifier, settings: Settings) -> dict[str, Any]:
+    """pass@1: the mean reward over all samples, with the standard error of the mean over prompts."""
+    numbers = range(eval_set.num_samples)
+    results = await asyncio.gather(
+        *(draw(eval_set, prompt, numbers, samplers, verifier, settings) for prompt in eval_set.prompts)
+    )
+    summaries = [summary for _, summary, _ in results]
+    judged = [judgements for *_, judgements in results]
+    accuracy, error = clustered_mean(
+        [sum(j.reward for j in group) for group in judged], [len(group) for group in judged]
+    )
+    lengths = [length for summary in summaries for length in summary.num_tokens_G]
+    reasons = [reason for summary in summaries for reason in summary.finish_reasons_G]
     return {
         "accuracy": accuracy,
-        "accuracy_se": math.sqrt(variance / len(means)),
-        "num_prompts": len(means),
+        "accuracy_se": error,
+        "num_prompts": len(judged),
         "num_samples": eval_set.num_samples,
         "temperature": eval_set.temperature,
-        "outcomes": dict(outcomes),
+        "outcomes": dict(Counter(j.outcome for group in judged for j in group)),
         "response_length_mean": sum(lengths) / len(lengths),
         "truncated_share": sum(reason == "length" for reason in reasons) / len(reasons),
     }

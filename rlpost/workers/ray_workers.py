@@ -326,7 +326,46 @@ def start_sampler(
     return RaySampler(name, process.remote(model_path, config, max_model_len, adapter, log_path), log_path)
 
 
-class RayWorkers:
+class RayServing:
+    """Sampler processes of a model as it lies on the disk, and a verifier: all that an evaluation needs."""
+
+    def __init__(
+        self,
+        *,
+        model_path: Path,
+        sampler: SamplerConfig,
+        verifier: VerifierConfig,
+        max_model_len: int,
+        log_dir: Path,
+        adapter: LoraConfig | None = None,
+    ) -> None:
+        self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
+        self._log_dir, self._adapter = log_dir, adapter
+        self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
+        log_path = log_dir / "verifier.log"
+        process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
+        self.verifier = RayVerifier("verifier", process.remote(verifier, log_path), log_path)
+
+    async def fetch(self, handle: Handle) -> RolloutGroup:
+        return unpack_group(await handle) if isinstance(handle, ray.ObjectRef) else handle
+
+    def close(self) -> None:
+        """End every worker process; safe to call when some are dead already."""
+        for actor in (*(s.actor for s in self.samplers), self.verifier.actor):
+            ray.kill(actor, no_restart=True)
+
+    def _start_sampler(self, name: str) -> RaySampler:
+        return start_sampler(
+            name,
+            self._model_path,
+            self._sampler_config,
+            max_model_len=self._max_model_len,
+            log_dir=self._log_dir,
+            adapter=self._adapter,
+        )
+
+
+class RayWorkers(RayServing):
     """Starts, restarts and ends the worker processes of one run."""
 
     def __init__(
@@ -340,20 +379,18 @@ class RayWorkers:
         max_model_len: int,
         log_dir: Path,
     ) -> None:
-        self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
-        self._adapter = learner.lora if publish.policy == "adapter" else None
-        self._log_dir = log_dir
+        super().__init__(
+            model_path=model_path,
+            sampler=sampler,
+            verifier=verifier,
+            max_model_len=max_model_len,
+            log_dir=log_dir,
+            adapter=learner.lora if publish.policy == "adapter" else None,
+        )
         self.learner = self._start_learner(learner, publish)
-        self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
-        log_path = log_dir / "verifier.log"
-        process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
-        self.verifier = RayVerifier("verifier", process.remote(verifier, log_path), log_path)
 
     def put(self, group: RolloutGroup) -> Handle:
         return group  # small and made by the driver: it travels with the call that uses it
-
-    async def fetch(self, handle: Handle) -> RolloutGroup:
-        return unpack_group(await handle) if isinstance(handle, ray.ObjectRef) else handle
 
     async def fetch_version(self, export: Export) -> WeightPatch:
         try:
@@ -368,19 +405,9 @@ class RayWorkers:
         return self.samplers[-1]
 
     def close(self) -> None:
-        """End every worker process of this run; safe to call when some are dead already."""
-        for actor in (*(s.actor for s in self.samplers), self.verifier.actor, *self.learner.ranks):
+        super().close()
+        for actor in self.learner.ranks:
             ray.kill(actor, no_restart=True)
-
-    def _start_sampler(self, name: str) -> RaySampler:
-        return start_sampler(
-            name,
-            self._model_path,
-            self._sampler_config,
-            max_model_len=self._max_model_len,
-            log_dir=self._log_dir,
-            adapter=self._adapter,
-        )
 
     def _start_learner(self, config: LearnerConfig, publish: PublishConfig) -> RayLearner:
         master = (ray.util.get_node_ip_address(), _free_port())
