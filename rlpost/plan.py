@@ -53,18 +53,19 @@ def local_resources() -> Resources:
 
 
 def check_resources(recipe: Recipe, resources: Resources) -> None:
-    """Refuse demands that can never be met; a Ray cluster (`ray_address`) is left to Ray.
+    """Refuse demands that can never be met by this machine, or by the cluster that the recipe names.
 
     Raises:
         RecipeError: with demand and supply.
     """
     sampler, learner = recipe.sampler, recipe.learner
+    where = "this machine" if recipe.ray_address is None else f"the cluster at {recipe.ray_address}"
     gpus = sampler.workers * sampler.gpus + learner.ranks * learner.gpus_per_rank
     if gpus > resources.gpus:
         raise RecipeError(
             f"the recipe needs {gpus} GPUs (sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus} +"
-            f" learner.ranks {learner.ranks} x learner.gpus_per_rank {learner.gpus_per_rank}), this machine has"
-            f" {resources.gpus}: lower them, or give a cluster with ray_address"
+            f" learner.ranks {learner.ranks} x learner.gpus_per_rank {learner.gpus_per_rank}), {where} has"
+            f" {resources.gpus}: lower them, or give a {'larger ' if recipe.ray_address else ''}cluster with ray_address"
         )
     cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
         0 if learner.gpus_per_rank else learner.ranks * learner.threads
@@ -72,7 +73,7 @@ def check_resources(recipe: Recipe, resources: Resources) -> None:
     if cores > resources.cores:
         raise RecipeError(
             f"the recipe needs {cores} cores (sampler.workers {sampler.workers} x sampler.threads {sampler.threads} +"
-            f" learner.ranks {learner.ranks} x learner.threads {learner.threads}), this machine has {resources.cores}:"
+            f" learner.ranks {learner.ranks} x learner.threads {learner.threads}), {where} has {resources.cores}:"
             " lower workers, ranks or threads"
         )
 

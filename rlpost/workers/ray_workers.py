@@ -28,6 +28,7 @@ from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Sec
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
+from rlpost.workers.placement import Node, Placement, on_node
 from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
 from rlpost.workers.wire import PackedGroup, PackedPatch, pack_group, pack_patch, unpack_group, unpack_patch
 
@@ -296,7 +297,7 @@ class RayLearner:
 
 
 def start_sampler(
-    name: str, model_path: Path, config: SamplerConfig, *, max_model_len: int, log_dir: Path
+    name: str, model_path: Path, config: SamplerConfig, *, max_model_len: int, log_dir: Path, node: Node | None = None
 ) -> RaySampler:
     """A sampler process on the present Ray cluster; it answers its first call once its engine is up."""
     from rlpost.engines.vllm_sampler import environment
@@ -306,6 +307,7 @@ def start_sampler(
         num_cpus=0,
         num_gpus=config.gpus,
         max_concurrency=MAX_CONCURRENT_CALLS,
+        scheduling_strategy=None if node is None else on_node(node, or_elsewhere=True),
         runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
     )
     return RaySampler(name, process.remote(model_path, config, max_model_len, log_path), log_path)
@@ -324,13 +326,19 @@ class RayWorkers:
         publish: PublishConfig,
         max_model_len: int,
         log_dir: Path,
+        placement: Placement,
     ) -> None:
         self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
         self._log_dir = log_dir
-        self.learner = self._start_learner(learner, publish)
-        self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
+        self._sampler_nodes = {f"sampler-{i}": node for i, node in enumerate(placement.samplers)}
+        self.learner = self._start_learner(learner, publish, placement.ranks)
+        self.samplers: list[RaySampler] = [self._start_sampler(name) for name in self._sampler_nodes]
         log_path = log_dir / "verifier.log"
-        process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
+        process = ray.remote(_VerifierProcess).options(
+            num_cpus=0,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            scheduling_strategy=on_node(placement.verifier),
+        )
         self.verifier = RayVerifier("verifier", process.remote(verifier, log_path), log_path)
 
     def put(self, group: RolloutGroup) -> Handle:
@@ -363,18 +371,21 @@ class RayWorkers:
             self._sampler_config,
             max_model_len=self._max_model_len,
             log_dir=self._log_dir,
+            node=self._sampler_nodes[name],
         )
 
-    def _start_learner(self, config: LearnerConfig, publish: PublishConfig) -> RayLearner:
-        master = (ray.util.get_node_ip_address(), _free_port())
+    def _start_learner(self, config: LearnerConfig, publish: PublishConfig, nodes: Sequence[Node]) -> RayLearner:
+        at_rank_0: Any = ray.remote(_meeting_place)
+        master = at_rank_0.options(num_cpus=0, scheduling_strategy=on_node(nodes[0])).remote()
         serve_dtype = self._sampler_config.dtype
         actors, log_paths = [], []
-        for rank in range(config.ranks):
+        for rank, node in enumerate(nodes):
             log_paths.append(self._log_dir / f"learner-{rank}.log")
             two_threads: Any = ray.remote(concurrency_groups={BESIDE: 1})  # pyright: ignore[reportCallIssue]
             process = two_threads(_LearnerProcess).options(
                 num_cpus=0,
                 num_gpus=config.gpus_per_rank,
+                scheduling_strategy=on_node(node),
                 runtime_env={"env_vars": _learner_environment(config)},
             )
             changes = publish.encoding == "delta"
@@ -391,8 +402,8 @@ def _learner_environment(config: LearnerConfig) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    """A port for the ranks to meet on; free now, which is as much as anyone can know."""
+def _meeting_place() -> tuple[str, int]:
+    """This node's address, and a port for the ranks to meet on: free now, which is as much as anyone can know."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
