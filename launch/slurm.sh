@@ -58,8 +58,8 @@ ray_node() {
     steps+=($!)
 }
 
-# What the job still waits for, one node a line; nothing once all are there.
-missing_nodes() {
+# Fails, and says who is there, until all nodes have joined.
+all_joined() {
     python - "$address" "$SLURM_JOB_NUM_NODES" <<'PYTHON'
 import sys
 import ray
@@ -67,7 +67,7 @@ import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 alive = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
 if len(alive) < int(sys.argv[2]):
-    print(f"{len(alive)} of {sys.argv[2]} nodes have joined: {' '.join(alive)}")
+    sys.exit(f"{len(alive)} of {sys.argv[2]} nodes have joined: {' '.join(alive)}")
 PYTHON
 }
 
@@ -79,9 +79,9 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
 fi
 
 deadline=$((SECONDS + READY_LIMIT_S))
-while ! missing=$(missing_nodes 2>&1) || [[ -n $missing ]]; do
+while ! reason=$(all_joined 2>&1); do
     if ((signalled || SECONDS > deadline)); then
-        echo "the Ray cluster at $address is not complete after $SECONDS s. Last seen: ${missing##*$'\n'}" >&2
+        echo "the Ray cluster at $address is not complete after $SECONDS s. Last seen: ${reason##*$'\n'}" >&2
         exit 1
     fi
     sleep 2

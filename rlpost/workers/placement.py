@@ -89,9 +89,9 @@ def place(learner: LearnerConfig, sampler: SamplerConfig, nodes: Sequence[Node])
     return Placement(ranks=tuple(ranks), samplers=tuple(samplers), verifier=roomiest(0))
 
 
-def on_node(node: Node, *, or_elsewhere: bool = False) -> NodeAffinitySchedulingStrategy:
-    """Ray's option for a process on `node`; with `or_elsewhere`, on another one once that node is gone."""
-    return NodeAffinitySchedulingStrategy(node.id, soft=or_elsewhere)
+def on_node(node: Node) -> NodeAffinitySchedulingStrategy:
+    """Ray's option for a process on `node`. Not soft: Ray 2.60 starts half of those that count no GPU elsewhere then."""
+    return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
 
 def check_nodes(nodes: Sequence[Node], *, run_dir: Path, model_path: Path) -> None:

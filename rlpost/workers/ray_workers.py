@@ -28,7 +28,7 @@ from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Sec
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
-from rlpost.workers.placement import Node, Placement, on_node
+from rlpost.workers.placement import Node, Placement, cluster_nodes, on_node
 from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
 from rlpost.workers.wire import PackedGroup, PackedPatch, pack_group, pack_patch, unpack_group, unpack_patch
 
@@ -307,7 +307,7 @@ def start_sampler(
         num_cpus=0,
         num_gpus=config.gpus,
         max_concurrency=MAX_CONCURRENT_CALLS,
-        scheduling_strategy=None if node is None else on_node(node, or_elsewhere=True),
+        scheduling_strategy=None if node is None else on_node(node),
         runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
     )
     return RaySampler(name, process.remote(model_path, config, max_model_len, log_path), log_path)
@@ -365,13 +365,15 @@ class RayWorkers:
             ray.kill(actor, no_restart=True)
 
     def _start_sampler(self, name: str) -> RaySampler:
+        """On its node, or once that is gone on one that Ray finds room on."""
+        node = self._sampler_nodes[name]
         return start_sampler(
             name,
             self._model_path,
             self._sampler_config,
             max_model_len=self._max_model_len,
             log_dir=self._log_dir,
-            node=self._sampler_nodes[name],
+            node=node if node in cluster_nodes() else None,
         )
 
     def _start_learner(self, config: LearnerConfig, publish: PublishConfig, nodes: Sequence[Node]) -> RayLearner:

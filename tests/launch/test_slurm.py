@@ -26,13 +26,13 @@ command = sys.argv[sys.argv.index("ray"):]
 with open(os.environ["SRUN_CALLS"], "a") as calls:
     print(*sys.argv[1:], file=calls)
 if "--head" not in command:
-    command.append("--node-ip-address=127.0.0.1")
+    command.append("--node-ip-address=127.0.0.3")
 os.execvp(command[0], command)
 """
 
 RAY = "#!/bin/sh\nexec sleep 600\n"
 RLPOST = """#!/usr/bin/env bash
-echo "rlpost $*"
+echo "rlpost $(printf '<%s>' "$@")"
 trap 'echo saved; exit 130' TERM
 [[ ! -e $WAITS ]] || while :; do sleep 0.1; done
 exit 3
@@ -61,7 +61,7 @@ def _free_job_id() -> int:
     """One whose port for Ray is free."""
     for number in range(os.getpid() % 5000, 10000):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", 20000 + number)):
+            if probe.connect_ex(("127.0.0.2", 20000 + number)):
                 return number
     raise AssertionError("no free port")
 
@@ -75,8 +75,8 @@ class Job:
         self.calls, self.requeued, self.log = (directory / n for n in ("srun.calls", "requeued", "job.log"))
         tools = {
             "srun": SRUN,
-            "hostname": "#!/bin/sh\necho 127.0.0.1 10.0.0.1\n",
-            "scontrol": f'#!/bin/sh\necho "$@" >> {self.requeued}\n',
+            "hostname": "#!/bin/sh\necho 127.0.0.2 10.0.0.1\n",
+            "scontrol": f'#!/bin/sh\necho "$@, beside $(pgrep -c -P $PPID)" >> {self.requeued}\n',
             **(stubs or {}),
         }
         for name, text in tools.items():
@@ -166,8 +166,10 @@ def test_a_run_over_two_ray_nodes_ends_and_takes_down_what_the_job_started(
     above = raylets()
     assert len(above) == 2 and len(set(above.values())) == 2, f"learner and sampler share a node: {above}"
     learner = next(p for p in started.tree.values() if p.is_running() and "_LearnerProcess" in " ".join(p.cmdline()))
-    assert learner.nice() == 10
+    assert learner.nice() == 10, "Ray's own niceness beside ours"
     assert started.process.wait(200) == 0, started.text()[-3000:]
+    (ready,) = (row for row in rows(run, "events.jsonl") if row["event"] == "ready")
+    assert {name.split("(")[1] for name in ready["nodes"].values()} == {"127.0.0.2)", "127.0.0.3)"}
     assert [row["stage"] for row in rows(run, "metrics.jsonl")] == ["warmup"] * 6 + ["math"] * 6 + ["code"] * 4
     assert "What was learned" in started.text()
     assert not started.requeued.exists()
@@ -181,7 +183,7 @@ def test_a_run_over_two_ray_nodes_ends_and_takes_down_what_the_job_started(
 
 
 def stubs(missing: str = "") -> dict[str, str]:
-    return {"ray": RAY, "rlpost": RLPOST, "python": f"#!/bin/sh\necho '{missing}'\n"}
+    return {"ray": RAY, "rlpost": RLPOST, "python": f"#!/bin/sh\necho '{missing}'\ntest -z '{missing}'\n"}
 
 
 def test_a_job_out_of_time_tells_the_command_and_is_queued_again_once_nothing_of_it_runs(
@@ -189,19 +191,22 @@ def test_a_job_out_of_time_tells_the_command_and_is_queued_again_once_nothing_of
 ) -> None:
     (tmp_path / "waits").touch()
     started = job(stubs=stubs())
-    started.wait_for(lambda: "rlpost train" in started.text(), 20)
+    started.wait_for(lambda: "rlpost <train>" in started.text(), 20)
     started.look()
     started.process.terminate()
     assert started.process.wait(20) == 130
     assert "saved" in started.text()
-    assert started.requeued.read_text().startswith("requeue ")
+    # Beside the script's one other child, which is what wrote this.
+    assert re.fullmatch(r"requeue \d+, beside 1\n", started.requeued.read_text())
     assert not started.left_after(5)
 
 
 def test_a_command_that_fails_ends_the_job_with_its_code_and_is_not_queued_again(job: Callable[..., Job]) -> None:
-    started = job("seed=1", stubs=stubs())
+    started = job("name=a b", stubs=stubs())
     assert started.process.wait(20) == 3
-    assert re.search(r"rlpost train recipes/\S+ run_dir=\S+ seed=1 ray_address=127.0.0.1:2\d{4}\n", started.text())
+    assert re.search(
+        r"rlpost <train><recipes/\S+><run_dir=\S+><name=a b><ray_address=127.0.0.2:2\d{4}>\n", started.text()
+    )
     assert not started.requeued.exists()
 
 
@@ -210,7 +215,7 @@ def test_a_run_directory_that_holds_a_run_is_continued(job: Callable[..., Job], 
     (tmp_path / "run" / "recipe.json").write_text("{}")
     started = job(stubs=stubs())
     assert started.process.wait(20) == 3
-    assert re.search(r"ray_address=\S+ --resume\n", started.text())
+    assert re.search(r"<ray_address=[^<>]+><--resume>\n", started.text())
 
 
 def test_a_cluster_that_does_not_get_complete_is_given_up_with_what_was_there(job: Callable[..., Job]) -> None:
@@ -219,5 +224,5 @@ def test_a_cluster_that_does_not_get_complete_is_given_up_with_what_was_there(jo
     started.look()
     started.process.terminate()
     assert started.process.wait(20) == 1
-    assert "Last seen: 1 of 2 nodes have joined: node-a" in started.text() and "rlpost train" not in started.text()
+    assert "Last seen: 1 of 2 nodes have joined: node-a" in started.text() and "rlpost <train>" not in started.text()
     assert not started.requeued.exists() and not started.left_after(5)
