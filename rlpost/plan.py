@@ -53,7 +53,7 @@ def local_resources() -> Resources:
 
 
 def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = True) -> None:
-    """Refuse demands that can never be met; a Ray cluster (`ray_address`) is left to Ray.
+    """Refuse demands that can never be met by this machine, or by the cluster that the recipe names.
 
     Args:
         learning: False: no learner is started.
@@ -63,12 +63,13 @@ def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = Tr
     """
     sampler, learner, ranks = recipe.sampler, recipe.learner, recipe.learner.ranks if learning else 0
     gpus = sampler.workers * sampler.gpus + ranks * learner.gpus_per_rank
+    where = "this machine" if recipe.ray_address is None else f"the cluster at {recipe.ray_address}"
     if gpus > resources.gpus:
         asked = f"sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus}"
         asked += f" + learner.ranks {ranks} x learner.gpus_per_rank {learner.gpus_per_rank}" if learning else ""
         raise RecipeError(
-            f"the recipe needs {gpus} GPUs ({asked}), this machine has {resources.gpus}: lower them, or give a cluster with"
-            " ray_address"
+            f"the recipe needs {gpus} GPUs ({asked}), {where} has {resources.gpus}: lower them, or give a"
+            f" {'larger ' if recipe.ray_address else ''}cluster with ray_address"
         )
     cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
         0 if learner.gpus_per_rank else ranks * learner.threads
@@ -77,7 +78,7 @@ def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = Tr
         asked = f"sampler.workers {sampler.workers} x sampler.threads {sampler.threads}"
         asked += f" + learner.ranks {ranks} x learner.threads {learner.threads}" if learning else ""
         raise RecipeError(
-            f"the recipe needs {cores} cores ({asked}), this machine has {resources.cores}: lower workers, ranks or threads"
+            f"the recipe needs {cores} cores ({asked}), {where} has {resources.cores}: lower workers, ranks or threads"
         )
 
 

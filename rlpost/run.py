@@ -25,7 +25,7 @@ from rlpost.pipeline.controller import Controller, RunSettings
 from rlpost.pipeline.deadlines import within
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
-from rlpost.plan import max_model_len
+from rlpost.plan import Resources, check_resources, max_model_len
 from rlpost.run_directory import check_subnetworks, claim, model_directory, open_run_directory
 from rlpost.stages import RunPlan, prepare
 from rlpost.summary import summarize_run
@@ -56,10 +56,17 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
     check_subnetworks(recipe, model_path)
     preparing = _in_background(lambda: prepare(recipe, model_path, checkpoint))
     from rlpost.workers.cluster import ray_cluster
+    from rlpost.workers.placement import check_nodes, cluster_nodes, place
     from rlpost.workers.ray_workers import RayWorkers
 
     with ray_cluster(recipe.ray_address), contextlib.ExitStack() as cleanup:
         interruptible()  # Ray has put a handler of its own in place
+        nodes = cluster_nodes()
+        if recipe.ray_address is not None:
+            total = Resources(cores=sum(node.cores for node in nodes), gpus=sum(node.gpus for node in nodes))
+            check_resources(recipe, total)
+            check_nodes(nodes, run_dir=run_dir, model_path=model_path)
+        placement = place(recipe.learner, recipe.sampler, nodes)
         workers = RayWorkers(
             model_path=model_path,
             sampler=recipe.sampler,
@@ -68,6 +75,7 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
             publish=recipe.publish,
             max_model_len=max_model_len(recipe),
             log_dir=run_dir / "logs",
+            placement=placement,
         )
         cleanup.callback(workers.close)
         plan = preparing.result()
@@ -75,7 +83,9 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
         with tracker:
             if not resume:
                 claim(run_dir, recipe)
-            tracker.log("event", {"event": "ready", "seconds": time.perf_counter() - started, "model": str(model_path)})
+            seconds = time.perf_counter() - started
+            ready = {"event": "ready", "seconds": seconds, "model": str(model_path), "nodes": placement.named()}
+            tracker.log("event", ready)
             for name, reasons in plan.left_out.items():
                 if reasons:
                     tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})

@@ -22,6 +22,7 @@ from rlpost.config import (
     RecipeError,
     Sampled,
     StageConfig,
+    SubnetworkConfig,
 )
 from rlpost.core.critic import Critic
 from rlpost.core.kto import KTO
@@ -157,7 +158,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
             temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
             adapter_seed=derive_seed(recipe.seed, "adapter", config.name),
-            subnetwork=subnetwork and SUBNETWORKS[subnetwork.select](**subnetwork.model_dump(exclude={"select"})),
+            subnetwork=subnetwork and SUBNETWORKS[subnetwork.select](**_settings(subnetwork)),
             responses_recur=not sampled,
         ),
         group_size=algo.rollouts_per_prompt,
@@ -170,6 +171,14 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
     )
+
+
+def _settings(subnetwork: SubnetworkConfig) -> dict[str, Any]:
+    """Paths absolute: a learner on a cluster that was up already works in another directory."""
+    settings = subnetwork.model_dump(exclude={"select"})
+    return settings | {
+        key: str(Path(settings[key]).resolve()) for key in ("before", "after", "path") if key in settings
+    }
 
 
 def objective_of(algo: Algo) -> Objective:

@@ -194,6 +194,9 @@ def test_more_workers_than_cores_or_gpus_is_refused_with_demand_and_supply() -> 
     recipe = build_recipe(TREE, ["sampler.gpus=1", "sampler.workers=3", "learner.gpus_per_rank=1"])
     with pytest.raises(RecipeError, match=r"needs 4 GPUs .* this machine has 1"):
         check_resources(recipe, Resources(cores=64, gpus=1))
+    recipe = build_recipe(TREE, ["sampler.gpus=1", "ray_address=10.0.0.1:6379"])
+    with pytest.raises(RecipeError, match=r"the cluster at 10.0.0.1:6379 has 0: lower them, or give a larger cluster"):
+        check_resources(recipe, Resources(cores=64, gpus=0))
 
 
 def test_sizes_are_read_off_what_is_known() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlpost import cli, run, run_directory
+from rlpost import cli, run, run_directory, stages
 from rlpost.config import FileEntries, Recipe, RecipeError, UpdatedEntries
 from rlpost.engines.mask_file import write_masks
 from rlpost.engines.pretrained import StoredTensors
@@ -133,6 +133,15 @@ def test_a_file_of_masks_that_no_stage_could_train_on_is_refused_before_anything
     stage = given.stage[0].model_copy(update={"subnetwork": subnetwork})
     with pytest.raises(RecipeError, match=r"subnetwork.path: .*nowhere is no file of masks"):
         run_directory.check_subnetworks(given.model_copy(update={"stage": (stage,)}), model)
+
+
+def test_a_learner_elsewhere_is_given_the_whole_path_of_a_subnetwork(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert stages._settings(FileEntries(select="file", path="a/masks"))["path"] == str(tmp_path / "a/masks")
+    update = stages._settings(UpdatedEntries(select="update", before="b", after="/c"))
+    assert (update["before"], update["after"]) == (str(tmp_path / "b"), "/c")
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------

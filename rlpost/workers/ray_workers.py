@@ -28,6 +28,7 @@ from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Sec
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
+from rlpost.workers.placement import Node, Placement, cluster_nodes, on_node
 from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
 from rlpost.workers.wire import PackedGroup, PackedPatch, pack_group, pack_patch, unpack_group, unpack_patch
 
@@ -308,11 +309,13 @@ def start_sampler(
     max_model_len: int,
     log_dir: Path,
     adapter: LoraConfig | None = None,
+    node: Node | None = None,
 ) -> RaySampler:
     """A sampler process on the present Ray cluster; it answers its first call once its engine is up.
 
     Args:
         adapter: what versions have beside the weights; None: they are plain weights.
+        node: where it runs; None: where Ray finds room.
     """
     from rlpost.engines.vllm_sampler import environment
 
@@ -321,6 +324,7 @@ def start_sampler(
         num_cpus=0,
         num_gpus=config.gpus,
         max_concurrency=MAX_CONCURRENT_CALLS,
+        scheduling_strategy=None if node is None else on_node(node),
         runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
     )
     return RaySampler(name, process.remote(model_path, config, max_model_len, adapter, log_path), log_path)
@@ -338,12 +342,23 @@ class RayServing:
         max_model_len: int,
         log_dir: Path,
         adapter: LoraConfig | None = None,
+        placement: Placement | None = None,
     ) -> None:
+        """
+        Args:
+            placement: None: wherever Ray finds room.
+        """
         self._model_path, self._sampler_config, self._max_model_len = model_path, sampler, max_model_len
         self._log_dir, self._adapter = log_dir, adapter
-        self.samplers: list[RaySampler] = [self._start_sampler(f"sampler-{i}") for i in range(sampler.workers)]
+        nodes = [None] * sampler.workers if placement is None else placement.samplers
+        self._sampler_nodes = {f"sampler-{i}": node for i, node in enumerate(nodes)}
+        self.samplers: list[RaySampler] = [self._start_sampler(name) for name in self._sampler_nodes]
         log_path = log_dir / "verifier.log"
-        process = ray.remote(_VerifierProcess).options(num_cpus=0, max_concurrency=MAX_CONCURRENT_CALLS)
+        process = ray.remote(_VerifierProcess).options(
+            num_cpus=0,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            scheduling_strategy=None if placement is None else on_node(placement.verifier),
+        )
         self.verifier = RayVerifier("verifier", process.remote(verifier, log_path), log_path)
 
     async def fetch(self, handle: Handle) -> RolloutGroup:
@@ -355,6 +370,8 @@ class RayServing:
             ray.kill(actor, no_restart=True)
 
     def _start_sampler(self, name: str) -> RaySampler:
+        """On its node, or once that is gone on one that Ray finds room on."""
+        node = self._sampler_nodes[name]
         return start_sampler(
             name,
             self._model_path,
@@ -362,6 +379,7 @@ class RayServing:
             max_model_len=self._max_model_len,
             log_dir=self._log_dir,
             adapter=self._adapter,
+            node=node if node in cluster_nodes() else None,
         )
 
 
@@ -378,6 +396,7 @@ class RayWorkers(RayServing):
         publish: PublishConfig,
         max_model_len: int,
         log_dir: Path,
+        placement: Placement,
     ) -> None:
         super().__init__(
             model_path=model_path,
@@ -386,8 +405,9 @@ class RayWorkers(RayServing):
             max_model_len=max_model_len,
             log_dir=log_dir,
             adapter=learner.lora if publish.policy == "adapter" else None,
+            placement=placement,
         )
-        self.learner = self._start_learner(learner, publish)
+        self.learner = self._start_learner(learner, publish, placement.ranks)
 
     def put(self, group: RolloutGroup) -> Handle:
         return group  # small and made by the driver: it travels with the call that uses it
@@ -409,16 +429,18 @@ class RayWorkers(RayServing):
         for actor in self.learner.ranks:
             ray.kill(actor, no_restart=True)
 
-    def _start_learner(self, config: LearnerConfig, publish: PublishConfig) -> RayLearner:
-        master = (ray.util.get_node_ip_address(), _free_port())
+    def _start_learner(self, config: LearnerConfig, publish: PublishConfig, nodes: Sequence[Node]) -> RayLearner:
+        at_rank_0: Any = ray.remote(_meeting_place)
+        master = at_rank_0.options(num_cpus=0, scheduling_strategy=on_node(nodes[0])).remote()
         serve_dtype = self._sampler_config.dtype
         actors, log_paths = [], []
-        for rank in range(config.ranks):
+        for rank, node in enumerate(nodes):
             log_paths.append(self._log_dir / f"learner-{rank}.log")
             two_threads: Any = ray.remote(concurrency_groups={BESIDE: 1})  # pyright: ignore[reportCallIssue]
             process = two_threads(_LearnerProcess).options(
                 num_cpus=0,
                 num_gpus=config.gpus_per_rank,
+                scheduling_strategy=on_node(node),
                 runtime_env={"env_vars": _learner_environment(config)},
             )
             actors.append(process.remote(self._model_path, config, serve_dtype, publish, rank, master, log_paths[-1]))
@@ -435,8 +457,8 @@ def _learner_environment(config: LearnerConfig) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    """A port for the ranks to meet on; free now, which is as much as anyone can know."""
+def _meeting_place() -> tuple[str, int]:
+    """This node's address, and a port for the ranks to meet on: free now, which is as much as anyone can know."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]

@@ -11,7 +11,9 @@ import pytest
 from ray.exceptions import OwnerDiedError, RayTaskError
 
 from rlpost.pipeline.ports import Export
-from rlpost.workers.ray_workers import RaySampler
+from rlpost.workers import ray_workers
+from rlpost.workers.placement import Node
+from rlpost.workers.ray_workers import RaySampler, RayWorkers
 
 
 def test_a_learner_that_dies_before_its_weights_are_loaded_is_the_one_that_is_named(tmp_path: Path) -> None:
@@ -28,3 +30,23 @@ def test_a_learner_that_dies_before_its_weights_are_loaded_is_the_one_that_is_na
         RuntimeError, match=r"learner-0 was lost during the update to version 4 of sampler-0.*\nout of mem"
     ):
         asyncio.run(sampler.update(export))
+
+
+def test_a_sampler_is_started_again_on_its_node_or_where_ray_finds_room_once_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [Node(id=name, name=name, cores=1, gpus=0) for name in "ab"]
+    chosen: list[Node | None] = []
+    monkeypatch.setattr(ray_workers, "start_sampler", lambda name, *args, node, **options: chosen.append(node))
+    monkeypatch.setattr(ray_workers, "cluster_nodes", lambda: nodes[:1])
+    workers: Any = object.__new__(RayWorkers)
+    vars(workers).update(
+        _sampler_nodes={"sampler-0": nodes[0], "sampler-1": nodes[1]},
+        _model_path=None,
+        _sampler_config=None,
+        _max_model_len=0,
+        _log_dir=None,
+    )
+    for name in ("sampler-0", "sampler-1"):
+        workers._start_sampler(name)
+    assert chosen == [nodes[0], None]
