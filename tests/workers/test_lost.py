@@ -46,6 +46,7 @@ def test_a_sampler_is_started_again_on_its_node_or_where_ray_finds_room_once_tha
         _sampler_config=None,
         _max_model_len=0,
         _log_dir=None,
+        _adapter=None,
     )
     for name in ("sampler-0", "sampler-1"):
         workers._start_sampler(name)
