@@ -238,7 +238,7 @@ class ObserverConfig(Table):
     spectra_every: Positive = 25
     """Versions from one whose update is decomposed to the next."""
     budget: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Share of one core's time; what it cannot do with that it leaves out, and says so."""
+    """Share of one core's time, without a stage's last version and report; what does not fit is left out, and it says so."""
 
 
 class PublishConfig(Table):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlpost.analysis import live
 from rlpost.analysis.live import ObservedStage, VersionObserver
 from rlpost.core.patch import diff
 from rlpost.types import WeightImage
@@ -109,6 +110,21 @@ def test_while_it_is_behind_it_lets_versions_pass_and_says_which(versions: list[
         and log.rows[0]["unchanged_since_start"] == 5 / 6
     )
     assert log.rows[0]["ever_moved"] == 1 / 6  # what came back before it looked is not known
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(0.35, True), (0.25, False)])
+def test_the_report_of_a_stage_is_beside_the_budget(
+    versions: list[WeightImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float, wanted: bool
+) -> None:
+    """Of ten seconds each version takes one: three count, and the last of the stage does not."""
+    spent, now = iter(range(100)), iter([0.0, *([10.0] * 100)])
+    monkeypatch.setattr(live.time, "thread_time", lambda: float(next(spent)))
+    watching = observer(tmp_path, Log(), budget=budget, clock=lambda: next(now))
+    for version in versions[:4]:
+        watching.see(diff(None, version))
+        watching._work.join()
+    assert watching.wants(14) == wanted
+    watching.close(20)
 
 
 def test_what_it_was_given_is_not_waited_for(

@@ -50,7 +50,7 @@ class VersionObserver:
     """Receives versions as samplers do, proves them, and measures them in a thread of its own, at the lowest priority.
 
     It spends at most `budget` of the run's time: while it is behind, or is still at work, it lets versions pass, and says
-    which. The last version of a stage it always takes.
+    which. The last version of a stage it always takes; that one and its report are beside the budget.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class VersionObserver:
         self._stages, self._run_dir, self._log, self._show = stages, run_dir, log, show
         self._spectra_every = spectra_every
         self._budget, self._clock, self._started, self._spent_s = budget, clock, clock(), 0.0
+        self._ends = {stage.last for stage in stages}
         self._given: int | None = None
         self._passed: list[int] = []
         self._failed = threading.Event()
@@ -98,9 +99,8 @@ class VersionObserver:
         """Whether it takes this version; one that it does not is noted in the next row."""
         if self._failed.is_set():
             return False
-        ends_stage = version in {stage.last for stage in self._stages}
         behind = self._work.unfinished_tasks or self._spent_s > self._budget * (self._clock() - self._started)
-        if behind and not ends_stage and self._given is not None:
+        if behind and version not in self._ends and self._given is not None:
             self.let_pass(version)
             return False
         return True
@@ -133,7 +133,8 @@ class VersionObserver:
                 try:
                     self._measure(*item)
                 finally:
-                    self._spent_s += time.thread_time() - began
+                    if item[0].version not in self._ends:
+                        self._spent_s += time.thread_time() - began
                     self._work.task_done()
         except Exception as error:  # noqa: BLE001 - who watches a run must not end it; said once, and it stops watching
             self._give_up(f"{type(error).__name__}: {error}")
