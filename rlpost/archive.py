@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.checkpoint import sync_directory
+from rlpost.checkpoint import EXPORTS, sync_directory
 from rlpost.core.delta import encode
 from rlpost.core.patch import PatchWriter, WeightPatch, from_bytes, patched_tensor, rebuilt, refuse_removed, write_patch
 from rlpost.core.weights import merged
@@ -248,6 +248,12 @@ def checkout(run_dir: Path, version: int, output: Path) -> None:
         where = models[-1] if models else run_dir / "model"
         raise ValueError(f"{where}, whose config and tokenizer the run in {run_dir} uses, is gone: bring it back")
     save_pretrained(merged(archive.rebuild(version).tensors), model_path, output)
+
+
+def last_export(run_dir: Path) -> Path | None:
+    """The model that a run exported last, where the run's directory is now: it may have been moved. None before the first."""
+    exports = [row["path"] for row in read_rows(run_dir / FILES["event"]) if row["event"] == "export"]
+    return run_dir / EXPORTS / Path(exports[-1]).name if exports else None
 
 
 def _chain(bases: Mapping[int, int | None], version: int) -> list[int]:

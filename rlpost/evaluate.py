@@ -26,6 +26,7 @@ from rich.console import Console
 from reward.answers import exact_value, normalize
 from reward.extraction import final_answer
 from rlpost import exit_codes
+from rlpost.archive import last_export
 from rlpost.config import ModelConfig, Recipe, RecipeError
 from rlpost.eval_report import EvalSample, SetResult, figures, render
 from rlpost.pipeline.controller import RunSettings
@@ -130,10 +131,10 @@ def evaluate_models(
 def _candidate(recipe: Recipe, name: str, index: int) -> Candidate:
     place = Path(name)
     if (place / FILES["event"]).is_file():
-        exports = [Path(row["path"]).name for row in read_rows(place / FILES["event"]) if row["event"] == "export"]
-        if not exports:
+        exported = last_export(place)
+        if exported is None:
             raise RecipeError(f"{name} has not exported a model yet: give a version of it that `rlpost checkout` wrote")
-        place = place / "exports" / exports[-1]  # where the run's directory is now: it may have been moved
+        place = exported
     given = recipe.model_copy(update={"model": ModelConfig(path=str(place))})
     path = model_directory(given, place, resume=False)
     return Candidate(label=chr(ord("A") + index), name=name, path=path, fingerprint=_directory_hash(path))

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from rlpost.core.weights import merged_weight
-from rlpost.engines.pretrained import StoredTensors, check_weights, read_json
+from rlpost.engines.pretrained import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    StoredTensors,
+    check_weights,
+    peft_names,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from rlpost.analysis.stored import StoredVersion
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _UNDERSTOOD = {"r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "fan_in_fan_out"}
 _NO_MATTER = {
@@ -65,7 +71,7 @@ class MergedAdapter:
         if name not in self._modules:
             return base
         module = self._modules[name]
-        A_RN, B_MR = (self._stored.tensor(_key(module, matrix)) for matrix in "AB")
+        A_RN, B_MR = map(self._stored.tensor, peft_names(name))
         turned = self._config.get("fan_in_fan_out", False)
         whole_MN = merged_weight(base.T if turned else base, A_RN, B_MR, self._scale(module, len(A_RN)))
         return (whole_MN.T if turned else whole_MN).to(self._dtype or base.dtype)
@@ -80,6 +86,7 @@ class MergedAdapter:
     def _adapted(self, path: Path) -> dict[str, str]:
         """The adapted weights' names to those of their modules, once all fit."""
         modules: dict[str, str] = {}
+        stored, in_base = set(self._stored.names), set(self._base.names)
         for key in self._stored.names:
             found = _MATRIX.fullmatch(key)
             if found is None:
@@ -88,15 +95,15 @@ class MergedAdapter:
                     " peft (merge_and_unload) and give that model"
                 )
             modules[f"{found[1]}.weight"] = found[1]
-        for name, module in modules.items():
-            missing = [_key(module, matrix) for matrix in "AB" if _key(module, matrix) not in self._stored.names]
+        for name in modules:
+            missing = [key for key in peft_names(name) if key not in stored]
             if missing:
                 raise ValueError(f"{path} lacks {missing[0]}: copy or download it again")
-            if name not in self._base.names:
+            if name not in in_base:
                 raise ValueError(
                     f"{path} adapts {name}, which the model before it does not have: give the base it was trained on"
                 )
-            A_shape, B_shape = (self._stored.shape(_key(module, matrix)) for matrix in "AB")
+            A_shape, B_shape = map(self._stored.shape, peft_names(name))
             delta = (*B_shape[:-1], *A_shape[1:])
             if self._config.get("fan_in_fan_out"):
                 delta = delta[::-1]
@@ -106,10 +113,6 @@ class MergedAdapter:
                     f" {(*A_shape,)}: give the base it was trained on"
                 )
         return modules
-
-
-def _key(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"
 
 
 def _plain_lora(file: Path) -> Mapping[str, Any]:

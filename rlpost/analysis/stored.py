@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlpost.analysis.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MergedAdapter
-from rlpost.archive import VERSIONS, VersionArchive
+from rlpost.analysis.adapter import MergedAdapter
+from rlpost.archive import VERSIONS, VersionArchive, last_export
 from rlpost.core.patch import check_chain, rebuilt_tensor
 from rlpost.core.weights import adapter_names, is_of_adapter, merged
-from rlpost.engines.pretrained import StoredTensors, check_weights, downloaded
-from rlpost.tracking import FILES, read_rows
+from rlpost.engines.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensors, check_weights, downloaded
+from rlpost.tracking import FILES
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 HEAD = "lm_head.weight"
@@ -105,7 +105,10 @@ def open_version(where: str, *, base: StoredVersion | None = None, dtype: torch.
         if (path / ADAPTER_CONFIG).is_file():
             return _adapter(path, base, dtype)
         if (path / FILES["event"]).is_file():
-            path = _last_export(path)
+            exported = last_export(path)
+            if exported is None:
+                raise ValueError(f"{path} has not exported a model yet: give a version of its archive as {path}@N")
+            path = exported
         check_weights(path)
         return StoredTensors(path)
     if path.exists():
@@ -297,14 +300,6 @@ def _adapter(path: Path, base: StoredVersion | None, dtype: torch.dtype | None) 
             f"{path} is a LoRA adapter, an update and no model: give the model it was trained on first, and it after that"
         )
     return MergedAdapter(path, base, dtype)
-
-
-def _last_export(run: Path) -> Path:
-    exports = [Path(row["path"]).name for row in read_rows(run / FILES["event"]) if row["event"] == "export"]
-    if not exports:
-        raise ValueError(f"{run} has not exported a model yet: give a version of its archive as {run}@N")
-    # Where the run's directory is now: it may have been moved.
-    return run / "exports" / exports[-1]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ ENTRY_COLUMNS = ("unchanged", "predicted", "<= 1e-5", "rms update")
 def render(rows: Sequence[WeightRow]) -> Group:
     """A line per kind of weight and then per layer: entries pooled, ranks as the mean of its matrices'."""
     groups = {kind: pool(of_kind) for kind, of_kind in by_kind(rows).items()}
-    entries = _table("update, by entry", ["weights", "entries", *ENTRY_COLUMNS])
+    entries = new_table("update, by entry", ["weights", "entries", *ENTRY_COLUMNS])
     for kind, found in groups.items():
         _add(entries, kind, str(found.num_weights), f"{found.sparsity.numel:,}", *_entry_cells(found.sparsity))
     tables = [entries, *_directions(groups), _layers(rows)]
@@ -28,14 +28,14 @@ def render_comparison(comparison: Comparison, first: Update, second: Update) -> 
     """A line per kind of weight: what two updates share, then what chance and chance among like magnitudes would give; and
     how far the two models are the same, beside how far each is the one before."""
     title = f"entries that {comparison.first} and {comparison.second} changed, of those of the first"
-    shared = _table(title, ["changed", "and", "shared", "chance", "matched", "Jaccard", "matched"])
+    shared = new_table(title, ["changed", "and", "shared", "chance", "matched", "Jaccard", "matched"])
     for kind, found in comparison.overlaps.items():
         shares = (found.first / found.numel, found.second / found.numel) if found.numel else (0.0, 0.0)
         shares += tuple(found.of_first(count) for count in (found.both, found.uniform, found.matched))
         shares += tuple(found.jaccard(count) for count in (found.both, found.matched))
         _add(shared, kind, *map(_percent, shares))
     title = f"entries equal in {comparison.first} and {comparison.second}, beside those that each left as before"
-    agreed = _table(title, ["equal", "<= 1e-5", "1st left", "<= 1e-5", "2nd left", "<= 1e-5", "cosine"])
+    agreed = new_table(title, ["equal", "<= 1e-5", "1st left", "<= 1e-5", "2nd left", "<= 1e-5", "cosine"])
     left = [by_kind(update.rows) for update in (first, second)]
     for kind, found in comparison.agreements.items():
         pairs = [found.difference, *(pool(kinds[kind]).sparsity for kinds in left)]
@@ -47,15 +47,15 @@ def render_comparison(comparison: Comparison, first: Update, second: Update) -> 
 def _directions(groups: Mapping[str, Pooled]) -> list[Table]:
     """Of matrices whose rank was asked for; with spectra, beside their controls."""
     if all(found.spectrum is None for found in groups.values()):
-        ranks = _table("update, by direction", ["rank"])
+        ranks = new_table("update, by direction", ["rank"])
         for kind, found in groups.items():
             if found.rank is not None:
                 _add(ranks, kind, _percent(found.rank))
         return [ranks]
     title = "update, by direction; null: its directions with 90 % of the energy, rounded"
-    ranks = _table(title, ["rank", "null", "entropy", "null", "energy-90", "shift", "intruders"])
+    ranks = new_table(title, ["rank", "null", "entropy", "null", "energy-90", "shift", "intruders"])
     title = "entries that changed, and of those the principal and the smallest before"
-    masks = _table(title, ["changed", "chance", "principal", "matched", "smallest", "matched"])
+    masks = new_table(title, ["changed", "chance", "principal", "matched", "smallest", "matched"])
     for kind, found in groups.items():
         if (spectrum := found.spectrum) is not None and found.rank is not None:
             shares = (found.rank, spectrum.null_numerical, spectrum.entropy, spectrum.null_entropy, spectrum.energy_90)
@@ -75,7 +75,7 @@ def _layers(rows: Sequence[WeightRow]) -> Table:
         "entropy rank": {layer: found.spectrum and found.spectrum.entropy for layer, found in layers.items()},
     }
     known = {name: shares for name, shares in columns.items() if any(share is not None for share in shares.values())}
-    table = _table("update, by layer", [*ENTRY_COLUMNS, *known])
+    table = new_table("update, by layer", [*ENTRY_COLUMNS, *known])
     for layer, found in layers.items():
         shares = (of_layer[layer] for of_layer in known.values())
         table.add_row(
@@ -86,8 +86,9 @@ def _layers(rows: Sequence[WeightRow]) -> Table:
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+def new_table(title: str | None, columns: Sequence[str]) -> Table:
+    """The first column has the names of the rows; the others are aligned on the right."""
+    table = Table(title=None if title is None else Text(title), title_justify="left", box=None, pad_edge=False)
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlpost.core.spectrum import decompose
+from rlpost.core.spectrum import decompose, intruders
 
 
 def dampened(
@@ -18,12 +18,10 @@ def dampened(
 ) -> tuple[Tensor, int]:
     """`after` + (scale - 1) sum sigma_i u_i v_i' over its intruders i, in its own dtype, and how many there are.
 
-    Intruders as in `spectrum.intruder_dimensions`: of the k leading left singular vectors, those whose cosine with every one
-    of `before` is below `epsilon`, in magnitude. Without one, `after` itself.
+    The k leading directions are asked; see `spectrum.intruders`. Without one, `after` itself.
     """
     left_MR, sigma_R, right_RK = torch.linalg.svd(after_MK.detach().float(), full_matrices=False)
-    nearest_k = (decompose(before_MK).left_MR.T @ left_MR[:, :k]).abs().amax(0)
-    found = torch.nonzero(nearest_k < epsilon).flatten()
+    found = torch.nonzero(intruders(decompose(before_MK), left_MR[:, :k], epsilon)).flatten()
     if not len(found):
         return after_MK, 0
     component_MK = (left_MR[:, found] * sigma_R[found]) @ right_RK[found]

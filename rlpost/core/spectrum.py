@@ -110,7 +110,10 @@ def spectral_shift(before: Decomposition, after: Decomposition) -> float | None:
 
 
 def intruder_dimensions(before: Decomposition, after: Decomposition, *, k: int = 10, epsilon: float = 0.5) -> int:
-    """Of the top-k left singular vectors of the tuned weight, those whose cosine with every one of the base's is below
-    `epsilon`, in magnitude."""
-    nearest_k = (before.left_MR.T @ after.left_MR[:, :k]).abs().amax(0)
-    return int((nearest_k < epsilon).sum())
+    """Of the top-k left singular vectors of the tuned weight, those that are `intruders`."""
+    return int(intruders(before, after.left_MR[:, :k], epsilon).sum())
+
+
+def intruders(before: Decomposition, left_Mk: Tensor, epsilon: float) -> Tensor:
+    """[k] bool: left singular vectors whose cosine with every one of the base's is below `epsilon`, in magnitude."""
+    return (before.left_MR.T @ left_Mk).abs().amax(0) < epsilon

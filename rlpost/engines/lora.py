@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from rlpost.core.weights import adapter_names, merged_weight
 from rlpost.engines.lora_layers import LoraSpec, select_targets
-from rlpost.engines.pretrained import PeftAdapter, write_tensors
+from rlpost.engines.pretrained import PeftAdapter, peft_names, write_tensors
 
 ADAPTER = "default"
 """peft's name for the one adapter of a policy."""
@@ -144,10 +144,9 @@ class Adapter:
         """As `PeftModel.from_pretrained` takes it on the base of the stage (collective)."""
         tensors: dict[str, Tensor] = {}
         for weight in self._adapted():
-            module = f"base_model.model.{weight.name.removesuffix('.weight')}"
             with self._whole(weight.parameters, False):
-                A_RN, B_MR = (p.detach().to("cpu", copy=True) for p in weight.parameters[1:])
-            tensors |= {f"{module}.lora_A.weight": A_RN, f"{module}.lora_B.weight": B_MR}
+                copies = [p.detach().to("cpu", copy=True) for p in weight.parameters[1:]]
+            tensors |= zip(peft_names(weight.name), copies, strict=True)
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in self._config.items()}
         return PeftAdapter(config=config, tensors=tensors)
 

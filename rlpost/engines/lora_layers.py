@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rlpost.core.weights import adapter_names
 from rlpost.engines.forward import linear_layers
-from rlpost.engines.pretrained import PeftAdapter
+from rlpost.engines.pretrained import PeftAdapter, peft_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ def num_adapter_parameters(config: PretrainedConfig, spec: LoraSpec) -> int:
 
 def zero_adapter(layer: str, shape: tuple[int, int], rank: int) -> PeftAdapter:
     """One of zeros, on this layer of (M, N). Its scale is 1, so that it may hold s B."""
-    a, b = adapter_names(f"base_model.model.{layer}.weight")
+    a, b = peft_names(f"{layer}.weight")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [layer]}
     return PeftAdapter(config=config, tensors={a: torch.zeros(rank, shape[1]), b: torch.zeros(shape[0], rank)})
 

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlpost.core.weights import bits
+from rlpost.core.weights import adapter_names, bits
 
 ADAPTER_DIRECTORY = "adapter"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""As peft names them."""
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".index.json")
 SAFETENSORS_DTYPES = {
@@ -266,8 +268,16 @@ def save_pretrained(
     partial.rename(path)
 
 
+def peft_names(weight: str) -> tuple[str, str]:
+    """Those of a weight's A and B in peft's files.
+
+    Example: base_model.model.lm_head.lora_A.weight, ...lora_B.weight, of lm_head.weight
+    """
+    return adapter_names(f"base_model.model.{weight}")
+
+
 def write_adapter(adapter: PeftAdapter, path: Path) -> None:
     """Make the directory `path` for peft, and for whoever reads its format."""
     path.mkdir()
-    (path / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n")
-    write_tensors(adapter.tensors, path / "adapter_model.safetensors")
+    (path / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n")
+    write_tensors(adapter.tensors, path / ADAPTER_WEIGHTS)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 from rich.console import Group
-from rich.table import Table
 
 from rlpost.analysis.report import template
 from rlpost.analysis.style import BLUE, EXPECTED, INK, MUTED, OBSERVED, Figure, new_figure, style, svg
+from rlpost.analysis.tables import new_table
 from rlpost.study.results import ArmResult, Over
 
 Series = Mapping[str, Sequence[Over | None]]
@@ -21,20 +21,16 @@ Series = Mapping[str, Sequence[Over | None]]
 def render(results: Sequence[ArmResult]) -> Group:
     """For a terminal of 80 columns, a line per arm: means over seeds and, where there are several, standard deviations."""
     sets = list(results[0].accuracy)
-    learned, shape = _table([*sets, "unchanged", "null"]), _table(["rank", "entropy rank", "shared", "chance"])
+    learned, shape = (
+        new_table(None, [*sets, "unchanged", "null"]),
+        new_table(None, ["rank", "entropy rank", "shared", "chance"]),
+    )
     for result in results:
         after = [over for _, over in result.accuracy.values()]
         learned.add_row(result.name, *map(over_text, (*after, result.unchanged, result.predicted)))
         figures = (result.rank, result.entropy_rank, result.shared, result.shared_by_chance)
         shape.add_row(result.name, *map(over_text, figures))
     return Group(learned, "", shape)
-
-
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    return table
 
 
 def over_text(over: Over | None) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rlpost.checkpoint import EXPORTS
 from rlpost.config import Dtype, RecipeError, Table
 from rlpost.recipe import explain, load_recipe
 
@@ -146,4 +147,4 @@ def _planned(
     last = stages[-1] if stage is None else stage
     if last not in stages:
         raise RecipeError(f"start.stage = {last!r} is no stage of its run; those are {stages}")
-    return PlannedRun(arm=arm, seed=seed, directory=directory, overrides=overrides, model=directory / "exports" / last)
+    return PlannedRun(arm=arm, seed=seed, directory=directory, overrides=overrides, model=directory / EXPORTS / last)

@@ -6,11 +6,10 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from rlpost.analysis.measure import Analysis, Update, analyze, pool
+from rlpost.analysis.measure import Analysis, analyze, pool
 from rlpost.analysis.stored import open_versions
 from rlpost.core.agreement import agreement, pooled_agreement
 from rlpost.study.plan import PlannedRun, Study
@@ -82,10 +81,13 @@ def arm_analysis(study: Study, arm: str) -> Analysis:
     return analyze(str(study.start.model), models, dtype=_dtype(study), spectra=True)
 
 
-def arm_result(study: Study, arm: str, analysis: Analysis) -> ArmResult:
-    runs = study.of_arm(arm)
+def arm_result(study: Study, arm: str, analyses: Mapping[str, Analysis]) -> ArmResult:
+    """
+    Args:
+        analyses: by arm, of this one and of the one it is of.
+    """
+    runs, analysis = study.of_arm(arm), analyses[arm]
     found = [pool(update.rows) for update in analysis.updates]
-    as_stored = analyze(str(study.start.model), [str(run.model) for run in runs]).updates
     overlaps = [comparison.overlaps["all"] for comparison in analysis.comparisons]
     spectra = [update.spectrum for update in found if update.spectrum is not None]
     assert len(spectra) == len(found), "spectra were asked for"
@@ -96,31 +98,39 @@ def arm_result(study: Study, arm: str, analysis: Analysis) -> ArmResult:
         unchanged=_over(update.sparsity.unchanged for update in found),
         predicted=_over(update.sparsity.share(update.sparsity.predicted) for update in found),
         within=_over(update.sparsity.share(update.sparsity.within[1e-5]) for update in found),
-        unchanged_as_stored=_over(_unchanged(update) for update in as_stored),
+        unchanged_as_stored=_over(_unchanged_as_stored(study, run) for run in runs),
         rms_update=_over(update.sparsity.rms_update for update in found),
         rank=_over(update.rank for update in found if update.rank is not None),
         entropy_rank=_over(spectrum.entropy for spectrum in spectra),
         intruders=_over(float(spectrum.intruders) for spectrum in spectra),
         shared=_over(o.of_first(o.both) for o in overlaps) if overlaps else None,
         shared_by_chance=_over(o.of_first(o.matched) for o in overlaps) if overlaps else None,
-        agreement=None if of is None else _agreement(study, runs, study.of_arm(of)),
+        agreement=None if of is None else _agreement(study, runs, analyses[of]),
     )
 
 
-def _agreement(study: Study, runs: Sequence[PlannedRun], full: Sequence[PlannedRun]) -> Agreeing:
-    start = study.start.model
-    nexts = [(one, other) for one, other in zip(full, [*full[1:], full[0]], strict=True) if one is not other]
+def _agreement(study: Study, runs: Sequence[PlannedRun], full: Analysis) -> Agreeing:
+    models = [update.after for update in full.updates]
+    compared = {frozenset((found.first, found.second)): found.agreements["all"] for found in full.comparisons}
+    nexts = [
+        compared[frozenset(pair)] for pair in zip(models, [*models[1:], models[0]], strict=True) if len({*pair}) > 1
+    ]
     return Agreeing(
-        tuned=_over(_agreeing(study, one.model, run.model) for one, run in zip(full, runs, strict=True)),
-        other_seed=_over(_agreeing(study, one.model, other.model) for one, other in nexts) if nexts else None,
-        untouched=_over(_agreeing(study, run.model, start) for run in full),
+        tuned=_over(_agreeing(study, model, str(run.model)) for model, run in zip(models, runs, strict=True)),
+        other_seed=_over(found.difference.unchanged for found in nexts) if nexts else None,
+        untouched=_over(pool(update.rows).sparsity.unchanged for update in full.updates),
     )
 
 
-def _agreeing(study: Study, first: Path, second: Path) -> float:
-    versions = open_versions([str(study.start.model), str(first), str(second)], dtype=_dtype(study))
+def _agreeing(study: Study, first: str, second: str) -> float:
+    versions = open_versions([str(study.start.model), first, second], dtype=_dtype(study))
     parts = (agreement(*versions.tensors(name)) for name in versions.names)
     return pooled_agreement(parts).difference.unchanged
+
+
+def _unchanged_as_stored(study: Study, run: PlannedRun) -> float:
+    (update,) = analyze(str(study.start.model), [str(run.model)]).updates
+    return pool(update.rows).sparsity.unchanged
 
 
 def _accuracies(runs: Sequence[PlannedRun]) -> dict[str, tuple[float, Over]]:
@@ -132,10 +142,6 @@ def _accuracies(runs: Sequence[PlannedRun]) -> dict[str, tuple[float, Over]]:
         of_set = [[row["accuracy"] for row in of_run if row["eval"] == name] for of_run in rows]
         found[name] = (statistics.fmean(values[0] for values in of_set), _over(values[-1] for values in of_set))
     return found
-
-
-def _unchanged(update: Update) -> float:
-    return pool(update.rows).sparsity.unchanged
 
 
 def _over(values: Iterable[float]) -> Over:

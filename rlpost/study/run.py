@@ -25,12 +25,12 @@ def run_study(study: Study, name: str, console: Console) -> int:
         console.print(str(error), markup=False)
         console.print("When that is mended, the same command goes on with it", markup=False)
         return FAILED
-    results, reports = [], {}
+    results, reports, analyses = [], {}, {}
     for arm in study.config.arm:
-        analysis = arm_analysis(study, arm.name)
-        results.append(arm_result(study, arm.name, analysis))
+        analyses[arm.name] = arm_analysis(study, arm.name)
+        results.append(arm_result(study, arm.name, analyses))
         report = study.of_arm(arm.name)[0].directory.parent / "report.html"
-        write_report(report, analysis)
+        write_report(report, analyses[arm.name])
         reports[arm.name] = str(report.relative_to(study.directory))
     (study.directory / FIGURES).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     write_page(study.directory / PAGE, name, results, reports=reports, dtype=study.config.dtype)
