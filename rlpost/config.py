@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rlpost.data.adapters import defaults_of
+
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
 MAX_SERVED_RANK = 512
@@ -62,8 +64,10 @@ class GeneratedData(Table):
 
 
 class FileData(Table):
-    """A dataset by hub name, or a local .json, .jsonl, .jsonl.gz or .parquet file."""
+    """A dataset by hub name, its files as hf://datasets/<name>/<file>, or a local file: .json, .jsonl, .jsonl.gz, .parquet."""
 
+    adapter: str | None = None
+    """Name of a well-known data set (docs/data.md): it gives every key that the recipe does not."""
     path: str
     prompt: str
     """Text for the policy; {column} stands for a column of the dataset."""
@@ -75,6 +79,13 @@ class FileData(Table):
     max_prompts: Positive | None = None
     max_prompt_tokens: Positive = 1024
     """Longer prompts are left out and counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapted(cls, table: Any) -> Any:
+        if not isinstance(table, dict) or table.get("adapter") is None:
+            return table
+        return {**defaults_of(str(table["adapter"]), table["source"]), **table}
 
 
 class PairData(FileData):

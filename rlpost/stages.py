@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunPlan:
     stages: tuple[Stage, ...]
     eval_sets: tuple[EvalSet, ...]
     left_out: Mapping[str, Mapping[str, int]]
-    """Per data set of pairs, how many were left out for which reason."""
+    """Per data set, how many rows were left out for which reason."""
     start: Checkpoint | None
 
 
@@ -133,7 +134,8 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[st
         prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
         check_golds(prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, verifier=recipe.verifier)
         return prompts
-    prompts = load_dataset_prompts(config, tokenizer)
+    left_out[name] = reasons = Counter[str]()
+    prompts = load_dataset_prompts(config, tokenizer, left_out=reasons)
     return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
 
 

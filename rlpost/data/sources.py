@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, VerifierConfig
+from rlpost.data.adapters import ADAPTERS, Adapter
 from rlpost.data.generated import FAMILIES, problems
 from rlpost.types import Prompt
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """A column's name in a prompt template."""
+ON_THE_HUB = "hf://"
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -88,19 +91,25 @@ def _distinct(stream: Iterator[Any], max_repeats: int = 10_000) -> Iterator[Any]
             yield problem
 
 
-def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit: int | None = None) -> list[Prompt]:
-    """Read a dataset and map its rows to prompts, in the dataset's order.
+def load_dataset_prompts(
+    config: DatasetData, tokenizer: TokenizerLike, *, limit: int | None = None, left_out: Counter[str] | None = None
+) -> list[Prompt]:
+    """Read a dataset and map its rows to prompts, in the dataset's order; `left_out` counts those it is not for, by reason.
 
     Raises:
         RecipeError: when the file, a column, a value or the template is wrong, naming what exists.
     """
     used = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration)
     rows = read_rows(config, columns=used)
-    prompts = []
+    prompts, left_out = list[Prompt](), Counter() if left_out is None else left_out
     for index, row in enumerate(rows):
+        if reason := row.get("left_out"):
+            left_out[reason] += 1
+            continue
         check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
         token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
         if len(token_ids) > config.max_prompt_tokens:
+            left_out["prompt_too_long"] += 1
             continue
         prompts.append(
             Prompt(
@@ -114,13 +123,18 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit
         if len(prompts) == (limit or config.max_prompts):
             break
     if not prompts:
-        raise RecipeError(f"{config.path}: every prompt is longer than max_prompt_tokens = {config.max_prompt_tokens}")
+        raise RecipeError(
+            f"{config.path}: no prompt is left; left out: {dict(left_out)}. max_prompt_tokens = {config.max_prompt_tokens}"
+        )
     return prompts
 
 
 def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
     """The data set's rows, once it is known to have `columns` and those of the prompt's template."""
     rows = _read(config)
+    adapter = ADAPTERS[config.adapter] if config.adapter else None
+    if adapter and adapter.columns:
+        rows = AdaptedRows(rows, adapter, config)
     names = (*PLACEHOLDER.findall(config.prompt), *columns)
     missing = sorted({name for name in names if name and name not in rows.column_names})
     if missing:
@@ -128,14 +142,54 @@ def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
     return rows
 
 
+class AdaptedRows:
+    """Rows under the columns that an adapter makes of them, each made when it is asked for.
+
+    A row with a value in "left_out" has no other columns that the adapter makes: no prompt can be made of it.
+    """
+
+    def __init__(self, rows: Any, adapter: Adapter, config: FileData) -> None:
+        """
+        Raises:
+            RecipeError: when the data lacks a column that the adapter reads.
+        """
+        assert adapter.columns is not None
+        self._rows, self._columns, self._config = rows, adapter.columns, config
+        if missing := [name for name in adapter.reads if name not in rows.column_names]:
+            raise RecipeError(
+                f"{config.path} has no column {missing}, which adapter = {config.adapter!r} reads; it has"
+                f" {sorted(rows.column_names)}. Leave adapter out and name the columns of this data"
+            )
+        self.column_names = [*dict.fromkeys((*rows.column_names, *adapter.makes))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._adapted(index, self._rows[index])
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self._adapted(index, row) for index, row in enumerate(self._rows))
+
+    def _adapted(self, index: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return {**row, **self._columns(row)}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            config = self._config
+            raise RecipeError(
+                f"{config.path}, row {index} is not what adapter = {config.adapter!r} knows: {type(error).__name__}:"
+                f" {error}. Leave adapter out and name the columns of this data"
+            ) from error
+
+
 def local_file(config: FileData) -> Path | None:
-    """The file that the data is read from; None for a name on the hub.
+    """The file that the data is read from; None for what lies on the hub.
 
     Raises:
         RecipeError: when there is none.
     """
     path = Path(config.path)
-    if _suffix(path) not in FILE_READERS:
+    if _suffix(path) not in FILE_READERS or config.path.startswith(ON_THE_HUB):
         return None
     if not path.is_file():
         raise RecipeError(f"no data file at {path}; give another path with data.<name>.path=...")
@@ -159,7 +213,10 @@ def _read(config: FileData) -> Any:
             raise RecipeError(f"{path} has no rows") from None
         except (OSError, ValueError, DatasetGenerationError) as error:
             raise RecipeError(f"{path} could not be read: {_reason(error)}. Mend it, or leave rows out") from error
+    reader = FILE_READERS.get(_suffix(Path(config.path)))
     try:
+        if reader and config.path.startswith(ON_THE_HUB):
+            return datasets.load_dataset(reader, data_files=config.path, split="train")
         return datasets.load_dataset(config.path, config.config, split=config.split)
     except (OSError, ValueError, ConnectionError) as error:
         raise RecipeError(
@@ -177,8 +234,13 @@ def _reason(error: BaseException) -> str:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with every {column} replaced by the row's."""
-    return PLACEHOLDER.sub(lambda match: str(row[match.group(1)]), template)
+    """The template with every {column} replaced by the row's value."""
+    return PLACEHOLDER.sub(lambda match: _text(row[match.group(1)]), template)
+
+
+def _text(value: Any) -> str:
+    """A list has an item a line."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_filled(row: Mapping[str, Any], index: int, config: FileData, *, columns: Iterable[str | None] = ()) -> None:
@@ -217,10 +279,10 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     assert config.tests is not None
     reference: dict[str, Any] = {
         "tests": list(row[config.tests]),
-        "setup": (row[config.setup] or "") if config.setup else "",
+        "setup": _text(row[config.setup] or "") if config.setup else "",
         "entry_point": row[config.entry_point] if config.entry_point else None,
     }
-    if config.solution:
+    if config.solution and row[config.solution]:
         reference["reference_solution"] = row[config.solution]
         reference["entry_point"] = reference["entry_point"] or _called_function(
             row[config.solution], reference["tests"]
@@ -228,10 +290,11 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     return reference
 
 
-def _called_function(solution: str, tests: Sequence[str]) -> str | None:
+def _called_function(solution: str, tests: Sequence[Any]) -> str | None:
     """The function of the solution that the tests call, which may have the name of a builtin; None if that is unclear."""
     defined = re.findall(r"^def (\w+)\(", solution, re.MULTILINE)
-    called = [name for name in defined if any(re.search(rf"\b{name}\(", test) for test in tests)]
+    snippets = [test for test in tests if isinstance(test, str)]  # others are inputs and outputs, and call nothing
+    called = [name for name in defined if any(re.search(rf"\b{name}\(", snippet) for snippet in snippets)]
     return called[0] if len(set(called)) == 1 else None
 
 

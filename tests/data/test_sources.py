@@ -86,7 +86,7 @@ def test_files_that_cannot_be_read_and_values_that_are_missing_are_named(tmp_pat
 def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "x" * n, "answer": "2"} for n in (5, 50)])
     assert len(load_dataset_prompts(math_data(path, max_prompt_tokens=20), ByteTokenizer())) == 1
-    with pytest.raises(RecipeError, match="every prompt is longer than max_prompt_tokens = 3"):
+    with pytest.raises(RecipeError, match=r"'prompt_too_long': 2}. max_prompt_tokens = 3"):
         load_dataset_prompts(math_data(path, max_prompt_tokens=3), ByteTokenizer())
 
 
