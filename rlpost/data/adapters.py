@@ -200,7 +200,7 @@ def _code_contests(row: Row) -> Row:
     tests = [_test(*pair) for kind in kinds for pair in zip(kind["input"], kind["output"], strict=True)]
     programs = zip(row["solutions"]["language"], row["solutions"]["solution"], strict=True)
     solution = next((program for language, program in programs if language == 3), None)
-    return {"id": row["name"]} | _program(tests, solution=solution)
+    return {"id": row["name"], **_program(tests, solution=solution)}
 
 
 def _livecodebench(row: Row) -> Row:
@@ -217,7 +217,7 @@ def _livecodebench(row: Row) -> Row:
     ]
     starter, name = row["starter_code"] or "", json.loads(row["metadata"] or "{}").get("func_name")
     entry_point = _entry_point(name, starter) if name else None
-    return {"id": row["question_id"]} | _program(tests, entry_point=entry_point, starter=starter)
+    return {"id": row["question_id"], **_program(tests, entry_point=entry_point, starter=starter)}
 
 
 class _TextUnpickler(pickle.Unpickler):
@@ -327,14 +327,16 @@ _APPS_COLUMNS = ("question", "starter_code", "solutions", "input_output")
 _MBPP = {"path": "google-research-datasets/mbpp", "task": "code", "tests": "test_list", "solution": "code"}
 
 
-def _tested(prompt: str, *, reads: tuple[str, ...], columns: Callable[[Row], Row], **keys: Any) -> Adapter:
+def _tested(
+    prompt: str, *, reads: tuple[str, ...], columns: Callable[[Row], Row], ids: tuple[str, ...] = (), **keys: Any
+) -> Adapter:
     """Problems whose tests, and what goes with them, `columns` makes."""
     made = {name: name for name in ("tests", "entry_point", "solution")}
     return Adapter(
         source="dataset",
         defaults={"task": "code", "prompt": prompt} | made | keys,
         reads=reads,
-        makes=("id", "instruction", *made),
+        makes=(*ids, "instruction", *made),
         columns=columns,
     )
 
@@ -384,6 +386,7 @@ ADAPTERS: Mapping[str, Adapter] = {
         split="test",
         reads=("task_id", "prompt", "canonical_solution", "test", "entry_point"),
         columns=_humaneval,
+        ids=("id",),
     ),
     "apps": _tested(
         "{question}\n\n{instruction}",
@@ -405,6 +408,7 @@ ADAPTERS: Mapping[str, Adapter] = {
             *("solutions", "input_file", "output_file"),
         ),
         columns=_code_contests,
+        ids=("id",),
     ),
     "livecodebench": _tested(
         "{question_content}\n\n{instruction}",
@@ -414,6 +418,7 @@ ADAPTERS: Mapping[str, Adapter] = {
             *("public_test_cases", "private_test_cases", "metadata"),
         ),
         columns=_livecodebench,
+        ids=("id",),
     ),
     "ultrafeedback": _pairs(
         "HuggingFaceH4/ultrafeedback_binarized",

@@ -225,6 +225,19 @@ def test_a_code_row_is_judged_by_its_tests(
     assert "```python" in text and row.get("starter_code", "") in text
 
 
+@pytest.mark.parametrize(("adapter", "row"), [case[:2] for case in MATH + CODE], ids=[case[0] for case in MATH + CODE])
+def test_an_adapter_reads_and_makes_what_it_says(adapter: str, row: dict[str, Any]) -> None:
+    read, made, columns = ADAPTERS[adapter].reads, ADAPTERS[adapter].makes, ADAPTERS[adapter].columns
+    assert set(columns({name: row[name] for name in read}) if columns else ()) == set(made)
+
+
+def test_a_column_that_is_a_list_has_an_item_a_line(tmp_path: Path) -> None:
+    (row,) = (row for adapter, row, *_ in CODE if adapter == "mbpp_sanitized")
+    (prompt,), _ = prompts_of("mbpp_sanitized", [row], tmp_path)
+    assert bytes(prompt.token_ids).decode().endswith("\n" + "\n".join(row["test_list"]))
+    assert prompt.reference["setup"] == "import math\nimport re"
+
+
 def test_all_tests_of_a_problem_are_kept(tmp_path: Path) -> None:
     (prompt,), _ = prompts_of("code_contests", [code_contests()], tmp_path)
     assert [test["input"] for test in prompt.reference["tests"]] == ["0 1\n", "1 1\n", "2 1\n"]
