@@ -145,7 +145,7 @@ def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
 class AdaptedRows:
     """Rows under the columns that an adapter makes of them, each made when it is asked for.
 
-    A row with a value in "left_out" has no other columns that the adapter makes: no prompt can be made of it.
+    A row with a reason in "left_out" has None in the columns that the adapter makes: no prompt can be made of it.
     """
 
     def __init__(self, rows: Any, adapter: Adapter, config: FileData) -> None:
@@ -155,6 +155,7 @@ class AdaptedRows:
         """
         assert adapter.columns is not None
         self._rows, self._columns, self._config = rows, adapter.columns, config
+        self._none = dict.fromkeys(adapter.makes)
         if missing := [name for name in adapter.reads if name not in rows.column_names]:
             raise RecipeError(
                 f"{config.path} has no column {missing}, which adapter = {config.adapter!r} reads; it has"
@@ -173,7 +174,7 @@ class AdaptedRows:
 
     def _adapted(self, index: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            return {**row, **self._columns(row)}
+            return {**row, **self._none, **self._columns(row)}
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             config = self._config
             raise RecipeError(

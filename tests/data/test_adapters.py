@@ -328,7 +328,7 @@ def test_a_row_is_adapted_when_it_is_asked_for_and_not_before(tmp_path: Path) ->
     assert rows[1] == {"solution": r"\boxed{2}", "answer": "2"}
     assert [row.get("left_out") for row in rows] == ["no_answer", None]
     broken = AdaptedRows(Rows([{}, {"solution": "3"}]), ADAPTERS["math"], MATH_DATA)
-    assert broken[1]["left_out"] == "no_answer"
+    assert broken[1] == {"solution": "3", "answer": None, "left_out": "no_answer"}
     with pytest.raises(RecipeError, match="row 0"):
         broken[0]
 
