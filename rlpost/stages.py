@@ -31,6 +31,7 @@ from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervis
 from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import SUBNETWORKS
+from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
 from rlpost.data.prompts import Prompts, ShuffledPrompts
 from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts, load_generated
@@ -51,8 +52,8 @@ class RunPlan:
 
     stages: tuple[Stage, ...]
     eval_sets: tuple[EvalSet, ...]
-    left_out: Mapping[str, Mapping[str, int]]
-    """Per data set, how many rows were left out for which reason."""
+    left_out: tuple[Mapping[str, Any], ...]
+    """Fields of the events that say how many rows were left out, of which data or by which stage."""
     start: Checkpoint | None
 
 
@@ -63,14 +64,23 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
         _check_lora(recipe.learner.lora, model_path)
     used = {stage.data for stage in recipe.stage}
     prompts = {name: _load(recipe, name, tokenizer) for name in used | {item.data for item in recipe.eval}}
-    stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
+    kept = {stage.name: _kept(stage, prompts[stage.data]) for stage in recipe.stage}
+    stages = tuple(_stage(recipe, stage, kept[stage.name]) for stage in recipe.stage)
     if checkpoint is not None:
         for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
             if stage.prompts.fingerprint != fingerprint:
                 raise RecipeError(
                     f"the data of stage {stage.name!r} is not what this run began with: cannot resume on it"
                 )
-    left_out = {name: found.left_out for name, found in prompts.items()}
+    named = {
+        **prompts,
+        **{f"{stage.data} of stage {stage.name}": kept[stage.name] for stage in recipe.stage if stage.keep is not None},
+    }
+    left_out = tuple(
+        {"data": name, "reasons": dict(found.left_out), "kept": len(found)}
+        for name, found in named.items()
+        if found.left_out
+    )
     return RunPlan(stages=stages, eval_sets=_eval_sets(recipe, prompts), left_out=left_out, start=checkpoint)
 
 
@@ -135,6 +145,10 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> Prompts:
         return Prompts.listed(prompts)
     prompts = load_dataset_prompts(config, tokenizer)
     return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
+
+
+def _kept(stage: StageConfig, prompts: Prompts) -> Prompts:
+    return prompts if stage.keep is None else keep(prompts, stage.keep, stage=stage.name, data=stage.data)
 
 
 def _stage(recipe: Recipe, config: StageConfig, prompts: Prompts) -> Stage:
