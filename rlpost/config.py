@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rlpost.data.adapters import defaults_of
 
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_SERVED_RANK = 512
 """vLLM's (`vllm.config.lora.MaxLoRARanks`)."""
 
@@ -22,6 +25,12 @@ class RecipeError(ValueError):
 
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"the least is more than the greatest: use [{limits[1]:g}, {limits[0]:g}]")
+    return limits
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -603,6 +612,21 @@ SubnetworkConfig = Annotated[
 ]
 
 
+class KeepConfig(Table):
+    """Problems to train on, by samples of them that `rlpost eval` drew; both ends of a range are inside."""
+
+    samples: str
+    """The samples.jsonl."""
+    model: str | None = None
+    """Whose samples, as `rlpost eval` was given the model; None where the file has those of one."""
+    solved: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = (0.0, 1.0)
+    """Least and greatest share of a problem's samples that are right."""
+    majority: bool = False
+    """math: the right answer must have more of the votes than any other."""
+    tokens: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.0, inf)
+    """Least and greatest mean length of a problem's responses."""
+
+
 class StageConfig(Table):
     name: str
     data: str
@@ -617,6 +641,8 @@ class StageConfig(Table):
     """After the warm-up; linear and cosine fall to zero at the end of the stage."""
     reward: RewardConfig | None = None
     """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
+    keep: KeepConfig | None = None
+    """None: all problems of the data."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
 
@@ -705,6 +731,7 @@ class Recipe(Table):
                 )
             _check_batch(stage, self.learner)
             _check_data(stage.name, self.data[stage.data], stage.algo)
+            _check_keep(stage, self.data[stage.data])
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
         _check_served(self.sampler, self.learner, self.publish)
@@ -756,3 +783,13 @@ def _check_data(name: str, data: DataConfig, algo: Algo | None) -> None:
         )
     if isinstance(data, PairData) and not isinstance(algo, DPO | SFT):
         raise ValueError(f'{name!r} needs prompts that a verifier can judge; source = "pairs" has none')
+
+
+def _check_keep(stage: StageConfig, data: DataConfig) -> None:
+    if stage.keep is None:
+        return
+    if isinstance(data, PairData):
+        raise ValueError(f"stage {stage.name!r} learns from pairs, which no verifier judges: leave keep out")
+    code = "functions" in data.families if isinstance(data, GeneratedData) else data.task == "code"
+    if stage.keep.majority and code:
+        raise ValueError(f"stage {stage.name!r}: programs do not vote: leave keep.majority out")

@@ -199,6 +199,10 @@ def _stage_plan(stage: StageConfig) -> Text:
     settings = ", ".join(
         f"{name} {value}" for name, value in algo.model_dump(exclude={"name"}).items() if value is not None
     )
+    if stage.keep is not None:
+        settings += "".join(
+            f", keep.{name} {value}" for name, value in stage.keep.model_dump(exclude_none=True).items()
+        )
     return Text(
         f"stage {stage.name}: {algo.name} on {stage.data}, {stage.steps} steps of {rollouts}{alive}, lr {schedule}\n"
         f"    {settings}"

@@ -103,6 +103,8 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
             "data.math={source='pairs', path='x', prompt='{p}', chosen='c', rejected='r'}",
             r"'rl' needs prompts that a verifier",
         ),
+        ("stage.rl.keep={samples='s', solved=[0.4, 0.1]}", r"stage.1.keep.solved: .* use \[0.1, 0.4\]"),
+        ("stage.rl.keep={samples='s', solved=[0, 6]}", r"stage.1.keep.solved.1: .*less than or equal to 1"),
         ("stage.rl.algo.weight_high=0.5", r"weight_high.*greater than or equal to 1"),
         ("stage.rl.reward.acuracy=1", r"acuracy: no such key; did you mean 'accuracy'"),
         ("stage.warm.reward.accuracy=1", r"'warm' learns from given responses and has no reward to shape"),

@@ -1,9 +1,7 @@
-"""Prompts by ordinal, from whatever the recipe names. The n-th admission of a stage always gets the same prompt."""
+"""Prompts from whatever the recipe names: read, checked and tokenized."""
 
 from __future__ import annotations
 
-import hashlib
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,14 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, VerifierConfig
 from rlpost.data.adapters import ADAPTERS, Adapter
 from rlpost.data.generated import FAMILIES, problems
+from rlpost.data.prompts import Prompts, problem_digest
 from rlpost.types import Prompt
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """A column's name in a prompt template."""
 ON_THE_HUB = "hf://"
+GOLDS_AT_ONCE = 1024
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -29,31 +31,6 @@ class TokenizerLike(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-
-
-class ShuffledPrompts:
-    """A finite list of prompts as an endless sequence: each epoch in an order of its own, fixed by the seed."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
-        assert prompts
-        self.prompts, self._seed = prompts, seed
-        self._epoch, self._order = -1, list(range(len(prompts)))
-
-    def __getitem__(self, ordinal: int) -> Prompt:
-        epoch, place = divmod(ordinal, len(self.prompts))
-        if epoch != self._epoch:
-            order = list(range(len(self.prompts)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self.prompts[self._order[place]]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
-        for prompt in self.prompts:
-            responses = (prompt.demonstration_ids, prompt.rejected_ids)
-            digest.update(repr((prompt.id, prompt.token_ids, prompt.reference, responses)).encode())
-        return digest.hexdigest()
 
 
 def load_generated(
@@ -73,6 +50,7 @@ def load_generated(
             token_ids=tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)),
             task=problem.task,
             reference=problem.reference,
+            problem=problem_digest(problem.prompt, problem.task, problem.reference),
             demonstration_ids=response_ids(problem.demonstration, tokenizer),
         )
         for problem in drawn[:num_prompts]
@@ -91,42 +69,50 @@ def _distinct(stream: Iterator[Any], max_repeats: int = 10_000) -> Iterator[Any]
             yield problem
 
 
-def load_dataset_prompts(
-    config: DatasetData, tokenizer: TokenizerLike, *, limit: int | None = None, left_out: Counter[str] | None = None
-) -> list[Prompt]:
-    """Read a dataset and map its rows to prompts, in the dataset's order; `left_out` counts those it is not for, by reason.
+def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike) -> Prompts:
+    """The rows of a dataset as prompts, in the dataset's order: all are checked in one pass, and stay on the disk.
 
     Raises:
         RecipeError: when the file, a column, a value or the template is wrong, naming what exists.
     """
     used = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration)
     rows = read_rows(config, columns=used)
-    prompts, left_out = list[Prompt](), Counter() if left_out is None else left_out
-    for index, row in enumerate(rows):
-        if reason := row.get("left_out"):
-            left_out[reason] += 1
-            continue
-        check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
-        token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
-        if len(token_ids) > config.max_prompt_tokens:
-            left_out["prompt_too_long"] += 1
-            continue
-        prompts.append(
-            Prompt(
-                id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
-                token_ids=token_ids,
-                task=config.task,
-                reference=_reference(row, config),
-                demonstration_ids=response_ids(row[config.demonstration], tokenizer) if config.demonstration else None,
-            )
-        )
-        if len(prompts) == (limit or config.max_prompts):
-            break
-    if not prompts:
+    left_out: Counter[str] = Counter()
+
+    def fitting() -> Iterator[tuple[int, Prompt]]:
+        for index, row in enumerate(rows):
+            if reason := row.get("left_out"):
+                left_out[reason] += 1
+                continue
+            check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
+            prompt = _dataset_prompt(row, index, config, tokenizer)
+            if len(prompt.token_ids) <= config.max_prompt_tokens:
+                yield index, prompt
+            else:
+                left_out["prompt_too_long"] += 1
+
+    prompts = Prompts.found(
+        lambda index: _dataset_prompt(rows[index], index, config, tokenizer),
+        islice(fitting(), config.max_prompts),
+        left_out,
+    )
+    if not len(prompts):
         raise RecipeError(
             f"{config.path}: no prompt is left; left out: {dict(left_out)}. max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return prompts
+
+
+def _dataset_prompt(row: Mapping[str, Any], index: int, config: DatasetData, tokenizer: TokenizerLike) -> Prompt:
+    text, reference = fill(config.prompt, row), _reference(row, config)
+    return Prompt(
+        id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
+        token_ids=prompt_ids(text, config, tokenizer),
+        task=config.task,
+        reference=reference,
+        problem=problem_digest(text, config.task, reference),
+        demonstration_ids=response_ids(row[config.demonstration], tokenizer) if config.demonstration else None,
+    )
 
 
 def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
@@ -306,35 +292,39 @@ def response_ids(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
     return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
 
 
-def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, verifier: VerifierConfig) -> list[Prompt]:
+def check_golds(prompts: Prompts, *, max_rejected: float, verifier: VerifierConfig) -> Prompts:
     """Those prompts whose gold answer their own verifier accepts.
 
     A math gold is its answer in a box; a code gold is the reference solution where the data has one. Prompts without a
     gold to check are kept.
 
     Raises:
-        RecipeError: when more than `max_rejected` of the golds are rejected, with examples.
+        RecipeError: as soon as more than `max_rejected` of the golds must be rejected, with examples.
     """
     from reward import Outcome, RewardPool, check_reference, gold_response
 
-    # A code problem without a reference solution has no gold to check.
-    checked = [i for i, p in enumerate(prompts) if p.task == "math" or p.reference.get("reference_solution")]
-    for prompt in prompts:
-        try:
-            check_reference(prompt.task, prompt.reference)
-        except ValueError as error:
-            raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
+    rejected_P = np.zeros(len(prompts), np.bool_)
+    num_checked, examples = 0, list[str]()
     with RewardPool.from_table(verifier.model_dump()) as pool:
-        verdicts = pool.score_many(
-            [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(prompts.__getitem__, checked)]
-        )
-    rejected = {i: v for i, v in zip(checked, verdicts, strict=True) if v.outcome is not Outcome.CORRECT}
-    if len(rejected) > max_rejected * len(checked):
-        examples = "; ".join(
-            f"{prompts[i].id}: {v.outcome.value} {v.detail}"[:200] for i, v in list(rejected.items())[:3]
-        )
-        raise RecipeError(
-            f"{len(rejected)} of {len(checked)} gold answers are rejected by their own verifier ({examples}). Mend the"
-            " data, or leave these prompts out with max_rejected_golds"
-        )
-    return [prompt for i, prompt in enumerate(prompts) if i not in rejected]
+        for start in range(0, len(prompts), GOLDS_AT_ONCE):
+            batch = [prompts[index] for index in range(start, min(start + GOLDS_AT_ONCE, len(prompts)))]
+            for prompt in batch:
+                try:
+                    check_reference(prompt.task, prompt.reference)
+                except ValueError as error:
+                    raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
+            # A code problem without a reference solution has no gold to check.
+            checked = [i for i, p in enumerate(batch) if p.task == "math" or p.reference.get("reference_solution")]
+            golds = [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(batch.__getitem__, checked)]
+            num_checked += len(checked)
+            for i, verdict in zip(checked, pool.score_many(golds), strict=True):
+                if verdict.outcome is not Outcome.CORRECT:
+                    rejected_P[start + i] = True
+                    examples.append(f"{batch[i].id}: {verdict.outcome.value} {verdict.detail}"[:200])
+            num_left = len(prompts) - start - len(batch)
+            if rejected_P.sum() > max_rejected * (num_checked + num_left):
+                raise RecipeError(
+                    f"{rejected_P.sum()} of {num_checked} gold answers are rejected by their own verifier"
+                    f" ({'; '.join(examples[:3])}). Mend the data, or leave these prompts out with max_rejected_golds"
+                )
+    return prompts.without(rejected_P, "gold_rejected")

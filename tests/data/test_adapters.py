@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from reward import Outcome, RewardPool, gold_response
 from rlpost.config import DatasetData, PairData, RecipeError, VerifierConfig
 from rlpost.data.adapters import ADAPTERS
 from rlpost.data.pairs import load_pairs
+from rlpost.data.prompts import Prompts
 from rlpost.data.sources import AdaptedRows, check_golds, load_dataset_prompts, read_rows
 from rlpost.types import Prompt
 from tests.data.test_sources import ByteTokenizer, write_jsonl
@@ -189,9 +189,8 @@ def pairs(adapter: str, path: Path) -> PairData:
 
 
 def prompts_of(adapter: str, rows: list[dict[str, Any]], folder: Path) -> tuple[list[Prompt], Mapping[str, int]]:
-    left_out: Counter[str] = Counter()
-    config = dataset(adapter, write_jsonl(folder / "d.jsonl", rows))
-    return load_dataset_prompts(config, ByteTokenizer(), left_out=left_out), left_out
+    prompts = load_dataset_prompts(dataset(adapter, write_jsonl(folder / "d.jsonl", rows)), ByteTokenizer())
+    return list(prompts), prompts.left_out
 
 
 def outcomes(pool: RewardPool, prompt: Prompt, *responses: str) -> list[Outcome]:
@@ -444,7 +443,7 @@ def test_golds_of_real_code_rows(tmp_path: Path, data_dir: Path) -> None:
     }
     prompts = [prompt for adapter in rows for prompt in prompts_of(adapter, rows[adapter], tmp_path)[0]]
     assert [len(rows[adapter]) for adapter in rows] == [9, 6, 3] and len(prompts) == 18
-    assert check_golds(prompts, max_rejected=0.0, verifier=VerifierConfig()) == prompts
+    assert len(check_golds(Prompts.listed(prompts), max_rejected=0.0, verifier=VerifierConfig())) == 18
 
 
 def whole_function(record: dict[str, Any]) -> dict[str, Any]:
