@@ -153,15 +153,13 @@ def _apps(row: Row) -> Row:
     return such lists always are rarer (the gold of one that does is rejected). Only the first solution is used; some are
     wrong, so give `max_rejected_golds`.
 
-    Left out: rows without tests (about a tenth of APPS) or with tests that the verifier cannot use, as a NaN, or an
-    input of more than a million characters.
+    Left out: rows without tests (about a tenth of APPS) or with tests that the verifier cannot use: no JSON, a NaN, an input
+    of more than a million characters.
     """
     try:
         given = json.loads(row["input_output"] or "{}")
         solutions = json.loads(row["solutions"] or "[]")
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # an integer of more digits than Python reads
+    except ValueError:  # no JSON, or an integer of more digits than Python reads
         return _left_out("tests_unusable")
     inputs, outputs = given.get("inputs") or [], given.get("outputs") or []
     if len(inputs) != len(outputs):
@@ -239,12 +237,12 @@ def _unpickled(text: str) -> str:
     return packed
 
 
-def _test(given: str, output: str) -> Mapping[str, str]:
+def _test(given: Any, output: Any) -> Mapping[str, Any]:
     return {"input": given, "output": output}
 
 
-def _lines(text: str | Sequence[str]) -> str:
-    return text if isinstance(text, str) else "\n".join(text)
+def _lines(text: Any) -> Any:
+    return "\n".join(map(str, text)) if isinstance(text, list) else text
 
 
 def _entry_point(name: str, code: str) -> str:
@@ -253,7 +251,7 @@ def _entry_point(name: str, code: str) -> str:
 
 
 def _program(
-    tests: Sequence[Mapping[str, str]],
+    tests: Sequence[Mapping[str, Any]],
     *,
     entry_point: str | None = None,
     starter: str = "",

@@ -133,7 +133,7 @@ CODE: list[tuple[str, dict[str, Any], str, str]] = [
         DOUBLE,
         DOUBLE.replace("2 * x", "4"),
     ),
-    ("apps", apps(solutions=[ADD_SCRIPT], inputs=["1 2\n", "3 4\n"], outputs=["3\n", "7\n"]), ADD_SCRIPT, "print(3)"),
+    ("apps", apps(solutions=[ADD_SCRIPT], inputs=["1 2\n", ["3 4"]], outputs=["3\n", [7]]), ADD_SCRIPT, "print(3)"),
     (
         "apps",  # outputs that each stand in a list
         apps(solutions=[DOUBLE], starter="def double(x):\n\t", fn_name="double", inputs=[[2], [3]], outputs=[[4], [6]]),
@@ -249,13 +249,15 @@ def test_rows_of_kinds_that_no_prompt_can_be_made_of_are_counted(tmp_path: Path)
         apps(inputs=["1" * 1_000_001], outputs=["1"]),
         apps(fn_name="f", inputs=[[1]], outputs=[float("nan")]),
         apps(inputs=["1", "2"], outputs=["1"]),
+        apps(inputs=[1], outputs=["1"]),
+        apps() | {"input_output": '{"inputs": ['},
         apps(fn_name="f", inputs=[[1]], outputs=[1])
         | {"input_output": f'{{"inputs": [[1]], "outputs": [{"9" * 5000}]}}'},
     ]
     kept = apps(inputs=["1"], outputs=["1"])
     prompts, left_out = prompts_of("apps", [*untested, kept, *unusable], tmp_path)
     assert len(prompts) == 1 and prompts[0].id == "d.jsonl/2"
-    assert left_out == {"no_tests": 2, "tests_unusable": 4}
+    assert left_out == {"no_tests": 2, "tests_unusable": 6}
 
     on_file = code_contests(input_file="a.in")
     prompts, left_out = prompts_of("code_contests", [on_file, code_contests()], tmp_path)
@@ -306,8 +308,8 @@ def test_packed_tests_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_row_of_another_shape_is_named(tmp_path: Path) -> None:
-    rows = [apps(inputs=["1"], outputs=["1"]), apps() | {"input_output": '{"inputs": ['}]
-    with pytest.raises(RecipeError, match=r"d.jsonl, row 1 is not what adapter = 'apps' knows: JSONDecodeError"):
+    rows = [apps(inputs=["1"], outputs=["1"]), apps() | {"input_output": "[1]"}]
+    with pytest.raises(RecipeError, match=r"d.jsonl, row 1 is not what adapter = 'apps' knows: AttributeError"):
         prompts_of("apps", rows, tmp_path)
     with pytest.raises(
         RecipeError, match=r"no column \['solution'\], which adapter = 'math' reads; .* Leave adapter out"
@@ -361,6 +363,26 @@ def test_every_adapter_makes_a_whole_table_and_has_a_line_in_the_docs(name: str)
     data = DatasetData(**table) if adapter.source == "dataset" else PairData(**table)  # type: ignore[arg-type]
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     assert f"| `{name}` | `{data.path.removeprefix('hf://datasets/')}`" in docs
+
+
+def test_files_on_the_hub_are_read_by_their_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*names: Any, **keys: Any) -> Rows:
+        asked.append((names, keys))
+        return Rows()
+
+    asked: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for adapter in ("livecodebench", "taco", "gsm8k"):
+        with pytest.raises(RecipeError, match="has no column"):
+            read_rows(DatasetData(source="dataset", adapter=adapter), columns=())  # type: ignore[call-arg]
+    lite = "hf://datasets/livecodebench/code_generation_lite/test6.jsonl"
+    assert asked == [
+        (("json",), {"data_files": lite, "split": "train"}),
+        (("parquet",), {"data_files": "hf://datasets/BAAI/TACO/ALL/train-*.parquet", "split": "train"}),
+        (("openai/gsm8k", "main"), {"split": "train"}),
+    ]
 
 
 # -- preferences
