@@ -629,8 +629,8 @@ class KeepConfig(Table):
 
 class StageConfig(Table):
     name: str
-    data: str
-    """A key of [data]."""
+    data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """A key of [data], or several, each with its weight among the prompts: { math = 0.7, code = 0.3 }."""
     algo: Algo
     steps: Positive
     prompts_per_step: Positive
@@ -645,6 +645,12 @@ class StageConfig(Table):
     """None: all problems of the data."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the prompts, by key of [data]."""
+        weights = {self.data: 1.0} if isinstance(self.data, str) else self.data
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @model_validator(mode="after")
     def _reward_fits(self) -> StageConfig:
@@ -716,9 +722,10 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for item in (*self.stage, *self.eval):
-            if item.data not in self.data:
-                raise ValueError(f"{item.name!r} uses data = {item.data!r}, but [data] has {sorted(self.data)}")
+        used = [(stage.name, name) for stage in self.stage for name in stage.shares]
+        for user, name in [*used, *((item.name, item.data) for item in self.eval)]:
+            if name not in self.data:
+                raise ValueError(f"{user!r} uses data = {name!r}, but [data] has {sorted(self.data)}")
         for items in (self.stage, self.eval):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
@@ -730,8 +737,9 @@ class Recipe(Table):
                     " adapter is trained: drop one of them"
                 )
             _check_batch(stage, self.learner)
-            _check_data(stage.name, self.data[stage.data], stage.algo)
-            _check_keep(stage, self.data[stage.data])
+            for name in stage.shares:
+                _check_data(stage.name, self.data[name], stage.algo)
+                _check_keep(stage, self.data[name])
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
         _check_served(self.sampler, self.learner, self.publish)

@@ -68,6 +68,8 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.nowhere.lr=1", r"stage.nowhere: no such entry; there are \['warm', 'rl'\]"),
         ("stage.rl.lr=0", r"stage.1.lr: .*greater than 0 \(got 0\)"),
         ("stage.rl.data=cod", r"'rl' uses data = 'cod', but \[data\] has \['math'\]"),
+        ("stage.rl.data={math=1, code=1}", r"'rl' uses data = 'code', but"),
+        ("stage.rl.data={math=0}", r"data.*math: .*greater than 0"),
         ("stage.rl.name=warm", r"names must differ"),
         ("learner.zero_stage=0", r"learner.zero_stage.*1, 2 or 3"),
         ("data.math.task=code", r'task = "code" needs tests'),

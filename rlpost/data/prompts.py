@@ -104,3 +104,30 @@ class ShuffledPrompts:
     @property
     def fingerprint(self) -> str:
         return hashlib.blake2b(f"{self._seed}/{self._prompts.fingerprint}".encode(), digest_size=16).hexdigest()
+
+
+class MixedPrompts:
+    """Several sources as one: every beginning of it holds each source as near its share as whole prompts allow.
+
+    Which source the n-th prompt is of depends on the shares alone; a source gives its prompts in its own order.
+    """
+
+    def __init__(self, sources: Sequence[ShuffledPrompts], shares: Sequence[float]) -> None:
+        """`shares` sum to 1."""
+        self._sources, self._shares = sources, shares
+        self._next = [0] * len(sources)
+        self._places = array("q")  # of each ordinal: its place in its source, times their number, plus which it is
+
+    def __getitem__(self, ordinal: int) -> Prompt:
+        while len(self._places) <= ordinal:
+            due = [share * (len(self._places) + 1) - num for share, num in zip(self._shares, self._next, strict=True)]
+            source = due.index(max(due))
+            self._places.append(self._next[source] * len(self._sources) + source)
+            self._next[source] += 1
+        place, source = divmod(self._places[ordinal], len(self._sources))
+        return self._sources[source][place]
+
+    @property
+    def fingerprint(self) -> str:
+        parts = [f"{share}/{source.fingerprint}" for share, source in zip(self._shares, self._sources, strict=True)]
+        return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rlpost.data.prompts import Prompts, ShuffledPrompts
+from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
 from rlpost.data.sources import load_dataset_prompts
 from rlpost.types import Prompt
 from tests.data.test_sources import ByteTokenizer, math_data, write_jsonl
 
 PROMPTS = [Prompt(id=str(i), token_ids=(i,), task="math", reference={}) for i in range(5)]
+
+LETTERS = [Prompt(id=c, token_ids=(9,), task="code", reference={}) for c in "abc"]
 
 
 def shuffled(prompts: list[Prompt] = PROMPTS, seed: int = 3) -> ShuffledPrompts:
@@ -58,3 +60,17 @@ def test_a_prompt_made_on_access_is_the_one_that_was_checked(tmp_path: Path) -> 
     chat = load_dataset_prompts(config.model_copy(update={"chat": True}), ByteTokenizer())
     assert chat.fingerprint != prompts.fingerprint and [p.problem for p in chat] == [p.problem for p in prompts]
     assert len({p.problem for p in prompts}) == 2 and [int(p.problem or "", 16) for p in chat] == list(chat.problems_P)
+
+
+def test_a_mix_holds_its_shares_in_every_beginning_and_each_source_in_its_own_order() -> None:
+    def mixed() -> MixedPrompts:
+        return MixedPrompts([shuffled(PROMPTS), shuffled(LETTERS)], [0.7, 0.3])
+
+    ids = [mixed()[0].id, *(p.id for p in map(mixed().__getitem__, range(1, 200)))]
+    for end in range(1, 201):
+        assert abs(sum(i.isdigit() for i in ids[:end]) - 0.7 * end) < 1
+    assert [i for i in ids if i.isdigit()] == [shuffled(PROMPTS)[n].id for n in range(140)]
+    assert [i for i in ids if i.isalpha()] == [shuffled(LETTERS)[n].id for n in range(60)]
+    assert mixed()[133].id == ids[133], "whatever was asked for before"
+    other = MixedPrompts([shuffled(PROMPTS), shuffled(LETTERS)], [0.6, 0.4])
+    assert mixed().fingerprint == mixed().fingerprint != other.fingerprint
