@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rlpost.data.adapters import defaults_of
 
 Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_SERVED_RANK = 512
 """vLLM's (`vllm.config.lora.MaxLoRARanks`)."""
 
@@ -20,6 +25,12 @@ class RecipeError(ValueError):
 
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"the least is more than the greatest: use [{limits[1]:g}, {limits[0]:g}]")
+    return limits
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -62,8 +73,10 @@ class GeneratedData(Table):
 
 
 class FileData(Table):
-    """A dataset by hub name, or a local .json, .jsonl, .jsonl.gz or .parquet file."""
+    """A dataset by hub name, its files as hf://datasets/<name>/<file>, or a local file: .json, .jsonl, .jsonl.gz, .parquet."""
 
+    adapter: str | None = None
+    """Name of a well-known data set (docs/data.md): it gives every key that the recipe does not."""
     path: str
     prompt: str
     """Text for the policy; {column} stands for a column of the dataset."""
@@ -75,6 +88,13 @@ class FileData(Table):
     max_prompts: Positive | None = None
     max_prompt_tokens: Positive = 1024
     """Longer prompts are left out and counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapted(cls, table: Any) -> Any:
+        if not isinstance(table, dict) or table.get("adapter") is None:
+            return table
+        return {**defaults_of(str(table["adapter"]), table["source"]), **table}
 
 
 class PairData(FileData):
@@ -592,10 +612,25 @@ SubnetworkConfig = Annotated[
 ]
 
 
+class KeepConfig(Table):
+    """Problems to train on, by samples of them that `rlpost eval` drew; both ends of a range are inside."""
+
+    samples: str
+    """The samples.jsonl."""
+    model: str | None = None
+    """Whose samples, as `rlpost eval` was given the model; None where the file has those of one."""
+    solved: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = (0.0, 1.0)
+    """Least and greatest share of a problem's samples that are right."""
+    majority: bool = False
+    """math: the right answer must have more of the votes than any other."""
+    tokens: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.0, inf)
+    """Least and greatest mean length of a problem's responses."""
+
+
 class StageConfig(Table):
     name: str
-    data: str
-    """A key of [data]."""
+    data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """A key of [data], or several, each with its weight among the prompts: { math = 0.7, code = 0.3 }."""
     algo: Algo
     steps: Positive
     prompts_per_step: Positive
@@ -606,8 +641,16 @@ class StageConfig(Table):
     """After the warm-up; linear and cosine fall to zero at the end of the stage."""
     reward: RewardConfig | None = None
     """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
+    keep: KeepConfig | None = None
+    """None: all problems of the data."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the prompts, by key of [data]."""
+        weights = {self.data: 1.0} if isinstance(self.data, str) else self.data
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @model_validator(mode="after")
     def _reward_fits(self) -> StageConfig:
@@ -679,9 +722,10 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for item in (*self.stage, *self.eval):
-            if item.data not in self.data:
-                raise ValueError(f"{item.name!r} uses data = {item.data!r}, but [data] has {sorted(self.data)}")
+        used = [(stage.name, name) for stage in self.stage for name in stage.shares]
+        for user, name in [*used, *((item.name, item.data) for item in self.eval)]:
+            if name not in self.data:
+                raise ValueError(f"{user!r} uses data = {name!r}, but [data] has {sorted(self.data)}")
         for items in (self.stage, self.eval):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
@@ -693,7 +737,9 @@ class Recipe(Table):
                     " adapter is trained: drop one of them"
                 )
             _check_batch(stage, self.learner)
-            _check_data(stage.name, self.data[stage.data], stage.algo)
+            for name in stage.shares:
+                _check_data(stage.name, self.data[name], stage.algo)
+                _check_keep(stage, self.data[name])
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
         _check_served(self.sampler, self.learner, self.publish)
@@ -745,3 +791,13 @@ def _check_data(name: str, data: DataConfig, algo: Algo | None) -> None:
         )
     if isinstance(data, PairData) and not isinstance(algo, DPO | SFT):
         raise ValueError(f'{name!r} needs prompts that a verifier can judge; source = "pairs" has none')
+
+
+def _check_keep(stage: StageConfig, data: DataConfig) -> None:
+    if stage.keep is None:
+        return
+    if isinstance(data, PairData):
+        raise ValueError(f"stage {stage.name!r} learns from pairs, which no verifier judges: leave keep out")
+    code = "functions" in data.families if isinstance(data, GeneratedData) else data.task == "code"
+    if stage.keep.majority and code:
+        raise ValueError(f"stage {stage.name!r}: programs do not vote: leave keep.majority out")

@@ -294,6 +294,7 @@ async def _draw_all(
                         "eval": eval_set.name,
                         "prompt_id": each.prompt.id,
                         "number": number,
+                        "problem": each.prompt.problem,
                         "fingerprint": each.fingerprint,
                         "outcome": judgement.outcome,
                         "answer": stated_answer(rollout.text) if each.prompt.task == "math" else None,

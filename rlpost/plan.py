@@ -88,8 +88,9 @@ def max_prompt_tokens(data: DataConfig) -> int:
 
 def max_model_len(recipe: Recipe) -> int:
     """The longest sequence any stage or evaluation can ask of a sampler."""
-    items = (*recipe.stage, *recipe.eval)
-    return max(max_prompt_tokens(recipe.data[item.data]) + item.max_response_tokens for item in items)
+    stages = [(name, stage.max_response_tokens) for stage in recipe.stage for name in stage.shares]
+    evals = [(item.data, item.max_response_tokens) for item in recipe.eval]
+    return max(max_prompt_tokens(recipe.data[name]) + tokens for name, tokens in (*stages, *evals))
 
 
 def num_parameters(recipe: Recipe) -> int | None:
@@ -199,8 +200,14 @@ def _stage_plan(stage: StageConfig) -> Text:
     settings = ", ".join(
         f"{name} {value}" for name, value in algo.model_dump(exclude={"name"}).items() if value is not None
     )
+    if stage.keep is not None:
+        settings += "".join(
+            f", keep.{name} {value}" for name, value in stage.keep.model_dump(exclude_none=True).items()
+        )
+    shares = stage.shares
+    data = ", ".join(f"{share:.0%} {name}" if len(shares) > 1 else name for name, share in shares.items())
     return Text(
-        f"stage {stage.name}: {algo.name} on {stage.data}, {stage.steps} steps of {rollouts}{alive}, lr {schedule}\n"
+        f"stage {stage.name}: {algo.name} on {data}, {stage.steps} steps of {rollouts}{alive}, lr {schedule}\n"
         f"    {settings}"
     )
 

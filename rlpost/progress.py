@@ -17,7 +17,7 @@ BURST, WINDOW_S = 3, 10.0
 
 EVENT_LINES = {
     "run_start": ("run {run} in {run_dir}", "bold"),
-    "data_left_out": ("data {data}: pairs left out: {reasons}", "yellow"),
+    "data_left_out": ("data {data}: {kept} rows kept, left out: {reasons}", "yellow"),
     "ready": ("workers ready after {seconds:.1f} s", ""),
     "stage_start": ("stage {stage} starts at version {step}", "bold cyan"),
     "stage_end": ("stage {stage} ends at version {step}", "bold cyan"),

@@ -86,9 +86,8 @@ def run_recipe(recipe: Recipe, *, resume: bool, console: Console) -> int:
             seconds = time.perf_counter() - started
             ready = {"event": "ready", "seconds": seconds, "model": str(model_path), "nodes": placement.named()}
             tracker.log("event", ready)
-            for name, reasons in plan.left_out.items():
-                if reasons:
-                    tracker.log("event", {"event": "data_left_out", "data": name, "reasons": dict(reasons)})
+            for fields in plan.left_out:
+                tracker.log("event", {"event": "data_left_out", **fields})
             code = _supervise(recipe, plan, workers, tracker, run_dir, model_path, console)
     if code == 0:
         console.print(summarize_run(run_dir))

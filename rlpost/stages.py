@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervis
 from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import SUBNETWORKS
+from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
-from rlpost.data.sources import ShuffledPrompts, TokenizerLike, check_golds, load_dataset_prompts, load_generated
+from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
+from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts, load_generated
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.ports import PromptSource
 from rlpost.pipeline.seeds import derive_seed
-from rlpost.types import Prompt
 
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
@@ -50,8 +53,8 @@ class RunPlan:
 
     stages: tuple[Stage, ...]
     eval_sets: tuple[EvalSet, ...]
-    left_out: Mapping[str, Mapping[str, int]]
-    """Per data set of pairs, how many were left out for which reason."""
+    left_out: tuple[Mapping[str, Any], ...]
+    """Fields of the events that say how many rows were left out, of which data or by which stage."""
     start: Checkpoint | None
 
 
@@ -60,30 +63,44 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
     tokenizer = _tokenizer(model_path)
     if recipe.learner.lora is not None:
         _check_lora(recipe.learner.lora, model_path)
-    used = {stage.data for stage in recipe.stage}
-    left_out: dict[str, Mapping[str, int]] = {}
-    prompts = {name: _load(recipe, name, tokenizer, left_out) for name in used | {item.data for item in recipe.eval}}
-    stages = tuple(_stage(recipe, stage, prompts[stage.data]) for stage in recipe.stage)
+    used = {name for stage in recipe.stage for name in stage.shares}
+    prompts = {name: _load(recipe, name, tokenizer) for name in used | {item.data for item in recipe.eval}}
+    kept = {
+        (stage.name, name): keep(prompts[name], stage.keep, stage=stage.name, data=name)
+        for stage in recipe.stage
+        if stage.keep is not None
+        for name in stage.shares
+    }
+    stages = tuple(
+        _stage(recipe, stage, {name: kept.get((stage.name, name), prompts[name]) for name in stage.shares})
+        for stage in recipe.stage
+    )
     if checkpoint is not None:
         for stage, fingerprint in zip(stages, checkpoint.fingerprints, strict=True):
             if stage.prompts.fingerprint != fingerprint:
                 raise RecipeError(
                     f"the data of stage {stage.name!r} is not what this run began with: cannot resume on it"
                 )
+    named = {**prompts, **{f"{name} of stage {stage}": found for (stage, name), found in kept.items()}}
+    left_out = tuple(
+        {"data": name, "reasons": dict(found.left_out), "kept": len(found)}
+        for name, found in named.items()
+        if found.left_out
+    )
     return RunPlan(stages=stages, eval_sets=_eval_sets(recipe, prompts), left_out=left_out, start=checkpoint)
 
 
 def load_eval_sets(recipe: Recipe, model_path: Path) -> tuple[EvalSet, ...]:
     """The recipe's, with the prompts that the model's tokenizer makes of them; loaded and checked as for a run."""
     tokenizer = _tokenizer(model_path)
-    return _eval_sets(recipe, {item.data: _load(recipe, item.data, tokenizer, {}) for item in recipe.eval})
+    return _eval_sets(recipe, {item.data: _load(recipe, item.data, tokenizer) for item in recipe.eval})
 
 
-def _eval_sets(recipe: Recipe, prompts: Mapping[str, Sequence[Prompt]]) -> tuple[EvalSet, ...]:
+def _eval_sets(recipe: Recipe, prompts: Mapping[str, Prompts]) -> tuple[EvalSet, ...]:
     return tuple(
         EvalSet(
             name=item.name,
-            prompts=prompts[item.data][: item.num_prompts],
+            prompts=tuple(islice(prompts[item.data], item.num_prompts)),
             num_samples=item.samples,
             temperature=item.temperature,
             max_tokens=item.max_response_tokens,
@@ -118,30 +135,30 @@ def _check_lora(lora: LoraConfig, model_path: Path) -> None:
         raise RecipeError(str(error)) from error
 
 
-def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike, left_out: dict[str, Mapping[str, int]]) -> list[Prompt]:
-    """The prompts of one data set; what was left out of it, by reason, is added to `left_out`."""
+def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> Prompts:
+    """The prompts of one data set."""
     config = recipe.data[name]
     if isinstance(config, PairData):
-        longest = min(stage.max_response_tokens for stage in recipe.stage if stage.data == name)
-        pairs, left_out[name] = load_pairs(config, tokenizer, max_response_tokens=longest)
-        return pairs
+        longest = min(stage.max_response_tokens for stage in recipe.stage if name in stage.shares)
+        return Prompts.listed(*load_pairs(config, tokenizer, max_response_tokens=longest))
     if isinstance(config, GeneratedData):
         # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
         seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
         evals = [item.num_prompts for item in recipe.eval if item.data == name]
-        stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if stage.data == name]
+        stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if name in stage.shares]
         prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
-        check_golds(prompts[:NUM_CHECKED_GENERATED], max_rejected=0.0, verifier=recipe.verifier)
-        return prompts
+        check_golds(Prompts.listed(prompts[:NUM_CHECKED_GENERATED]), max_rejected=0.0, verifier=recipe.verifier)
+        return Prompts.listed(prompts)
     prompts = load_dataset_prompts(config, tokenizer)
     return check_golds(prompts, max_rejected=config.max_rejected_golds, verifier=recipe.verifier)
 
 
-def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> Stage:
+def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) -> Stage:
     algo, learner, optimizer, subnetwork = config.algo, recipe.learner, recipe.learner.optimizer, config.subnetwork
     sampled = isinstance(algo, Sampled)
-    if isinstance(algo, SFT) and any(prompt.demonstration_ids is None for prompt in prompts):
-        raise RecipeError(f"stage {config.name!r} is supervised, but data {config.data!r} has no demonstrations")
+    for name, found in prompts.items():
+        if isinstance(algo, SFT) and found[0].demonstration_ids is None:
+            raise RecipeError(f"stage {config.name!r} is supervised, but data {name!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
     return Stage(
@@ -151,7 +168,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
             groups_per_step=config.prompts_per_step,
             max_staleness=algo.max_staleness if sampled else None,
         ),
-        prompts=ShuffledPrompts(prompts, seed=derive_seed(recipe.seed, "order", config.name)),
+        prompts=_source(recipe, config, prompts),
         spec=StageSpec(
             objective=objective_of(algo),
             optimizer=OPTIMIZERS[optimizer.name](**optimizer.model_dump(exclude={"name"})),
@@ -171,6 +188,14 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Sequence[Prompt]) -> St
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
     )
+
+
+def _source(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) -> PromptSource:
+    sources = [
+        ShuffledPrompts(found, seed=derive_seed(recipe.seed, "order", config.name, name))
+        for name, found in prompts.items()
+    ]
+    return MixedPrompts(sources, list(config.shares.values())) if len(sources) > 1 else sources[0]
 
 
 def _settings(subnetwork: SubnetworkConfig) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Prompt:
     """Which verifier judges the rollouts: a key of `reward`."""
     reference: Mapping[str, Any]
     """What the verifier needs. The policy never sees it."""
+    problem: str | None = None
+    """Digest of what is asked and of its reference, whatever the tokenizer; None for pairs, which nobody judges."""
     demonstration_ids: tuple[int, ...] | None = None
     """[L] tokens of a response to imitate, end token included, where the source has one (supervised stages train on it)."""
     rejected_ids: tuple[int, ...] | None = None

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pytest
 from rich.console import Console
 
 from rlpost import cli
-from rlpost.config import Recipe, RecipeError
+from rlpost.config import KeepConfig, Recipe, RecipeError
+from rlpost.data.difficulty import keep
+from rlpost.data.prompts import Prompts
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.engines.scratch import build_model
 from rlpost.eval_report import EvalSample, SetResult, figures, render
@@ -115,6 +118,21 @@ def test_nothing_is_drawn_twice_and_more_samples_are_drawn_beside_those_there(ev
     fresh = Plain()
     _, smaller, _, _ = evaluation(make_recipe(), fresh)
     assert fresh.num_drawn == 0 and smaller == before, "samples beyond those asked for are left out"
+
+
+def test_a_stage_keeps_problems_by_the_samples_that_were_drawn(
+    evaluation: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    _, _, rows, _ = evaluation(make_recipe("eval.math.samples=4"), Plain())
+    (eval_set, _) = load_eval_sets(make_recipe(), tiny_model)
+    config = KeepConfig(samples=str(tmp_path / "out" / "samples.jsonl"), solved=(0.5, 1.0))
+    with pytest.raises(RecipeError, match=r"by other weights of .*, or under another temperature, token limit"):
+        keep(Prompts.listed(eval_set.prompts), config, stage="s", data="d")
+    rows = [row for row in rows if row["eval"] == "math"]
+    Path(config.samples).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right = Counter(row["prompt_id"] for row in rows if row["outcome"] == "correct")
+    kept = keep(Prompts.listed(eval_set.prompts), config, stage="s", data="d")
+    assert [p.id for p in kept] == [p.id for p in eval_set.prompts if right[p.id] >= 2] and 0 < len(kept) < 3
 
 
 def test_sets_that_share_problems_share_their_samples(evaluation: Any) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "types": set(),
     "core": {"types"},
-    "config": set(),
+    "config": {"data"},
     "pipeline": {"types", "core"},
     "engines": {"types", "core", "data"},
     "data": {"types", "config"},

@@ -17,7 +17,7 @@ def load_pairs(
     """Pairs in the order of the data, and how many were left out for which reason.
 
     Left out are pairs that could teach nothing, or something wrong: a prompt or response that is too long (it is never
-    cut: what is cut off may be the answer), an empty response, two equal responses.
+    cut: what is cut off may be the answer), an empty response, two equal responses, and what the adapter can make nothing of.
 
     Raises:
         RecipeError: when the file, a column or the template is wrong, or no pair is left.
@@ -26,6 +26,9 @@ def load_pairs(
     prompts: list[Prompt] = []
     left_out: Counter[str] = Counter()
     for index, row in enumerate(rows):
+        if reason := row.get("left_out"):
+            left_out[reason] += 1
+            continue
         check_filled(row, index, config)
         token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
         chosen, rejected = (str(row[column] or "") for column in (config.chosen, config.rejected))

@@ -1,21 +1,26 @@
-"""Prompts by ordinal, from whatever the recipe names. The n-th admission of a stage always gets the same prompt."""
+"""Prompts from whatever the recipe names: read, checked and tokenized."""
 
 from __future__ import annotations
 
-import hashlib
-import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlpost.config import DatasetData, FileData, GeneratedData, RecipeError, VerifierConfig
+from rlpost.data.adapters import ADAPTERS, Adapter
 from rlpost.data.generated import FAMILIES, problems
+from rlpost.data.prompts import Prompts, problem_digest
 from rlpost.types import Prompt
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """A column's name in a prompt template."""
+ON_THE_HUB = "hf://"
+GOLDS_AT_ONCE = 1024
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -26,31 +31,6 @@ class TokenizerLike(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-
-
-class ShuffledPrompts:
-    """A finite list of prompts as an endless sequence: each epoch in an order of its own, fixed by the seed."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
-        assert prompts
-        self.prompts, self._seed = prompts, seed
-        self._epoch, self._order = -1, list(range(len(prompts)))
-
-    def __getitem__(self, ordinal: int) -> Prompt:
-        epoch, place = divmod(ordinal, len(self.prompts))
-        if epoch != self._epoch:
-            order = list(range(len(self.prompts)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self.prompts[self._order[place]]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
-        for prompt in self.prompts:
-            responses = (prompt.demonstration_ids, prompt.rejected_ids)
-            digest.update(repr((prompt.id, prompt.token_ids, prompt.reference, responses)).encode())
-        return digest.hexdigest()
 
 
 def load_generated(
@@ -70,6 +50,7 @@ def load_generated(
             token_ids=tuple(tokenizer.encode(problem.prompt, add_special_tokens=False)),
             task=problem.task,
             reference=problem.reference,
+            problem=problem_digest(problem.prompt, problem.task, problem.reference),
             demonstration_ids=response_ids(problem.demonstration, tokenizer),
         )
         for problem in drawn[:num_prompts]
@@ -88,39 +69,58 @@ def _distinct(stream: Iterator[Any], max_repeats: int = 10_000) -> Iterator[Any]
             yield problem
 
 
-def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike, *, limit: int | None = None) -> list[Prompt]:
-    """Read a dataset and map its rows to prompts, in the dataset's order.
+def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike) -> Prompts:
+    """The rows of a dataset as prompts, in the dataset's order: all are checked in one pass, and stay on the disk.
 
     Raises:
         RecipeError: when the file, a column, a value or the template is wrong, naming what exists.
     """
     used = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.demonstration)
     rows = read_rows(config, columns=used)
-    prompts = []
-    for index, row in enumerate(rows):
-        check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
-        token_ids = prompt_ids(fill(config.prompt, row), config, tokenizer)
-        if len(token_ids) > config.max_prompt_tokens:
-            continue
-        prompts.append(
-            Prompt(
-                id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
-                token_ids=token_ids,
-                task=config.task,
-                reference=_reference(row, config),
-                demonstration_ids=response_ids(row[config.demonstration], tokenizer) if config.demonstration else None,
-            )
+    left_out: Counter[str] = Counter()
+
+    def fitting() -> Iterator[tuple[int, Prompt]]:
+        for index, row in enumerate(rows):
+            if reason := row.get("left_out"):
+                left_out[reason] += 1
+                continue
+            check_filled(row, index, config, columns=(config.answer, config.tests, config.demonstration))
+            prompt = _dataset_prompt(row, index, config, tokenizer)
+            if len(prompt.token_ids) <= config.max_prompt_tokens:
+                yield index, prompt
+            else:
+                left_out["prompt_too_long"] += 1
+
+    prompts = Prompts.found(
+        lambda index: _dataset_prompt(rows[index], index, config, tokenizer),
+        islice(fitting(), config.max_prompts),
+        left_out,
+    )
+    if not len(prompts):
+        raise RecipeError(
+            f"{config.path}: no prompt is left; left out: {dict(left_out)}. max_prompt_tokens = {config.max_prompt_tokens}"
         )
-        if len(prompts) == (limit or config.max_prompts):
-            break
-    if not prompts:
-        raise RecipeError(f"{config.path}: every prompt is longer than max_prompt_tokens = {config.max_prompt_tokens}")
     return prompts
+
+
+def _dataset_prompt(row: Mapping[str, Any], index: int, config: DatasetData, tokenizer: TokenizerLike) -> Prompt:
+    text, reference = fill(config.prompt, row), _reference(row, config)
+    return Prompt(
+        id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
+        token_ids=prompt_ids(text, config, tokenizer),
+        task=config.task,
+        reference=reference,
+        problem=problem_digest(text, config.task, reference),
+        demonstration_ids=response_ids(row[config.demonstration], tokenizer) if config.demonstration else None,
+    )
 
 
 def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
     """The data set's rows, once it is known to have `columns` and those of the prompt's template."""
     rows = _read(config)
+    adapter = ADAPTERS[config.adapter] if config.adapter else None
+    if adapter and adapter.columns:
+        rows = AdaptedRows(rows, adapter, config)
     names = (*PLACEHOLDER.findall(config.prompt), *columns)
     missing = sorted({name for name in names if name and name not in rows.column_names})
     if missing:
@@ -128,14 +128,55 @@ def read_rows(config: FileData, *, columns: Iterable[str | None]) -> Any:
     return rows
 
 
+class AdaptedRows:
+    """Rows under the columns that an adapter makes of them, each made when it is asked for.
+
+    A row with a reason in "left_out" has None in the columns that the adapter makes: no prompt can be made of it.
+    """
+
+    def __init__(self, rows: Any, adapter: Adapter, config: FileData) -> None:
+        """
+        Raises:
+            RecipeError: when the data lacks a column that the adapter reads.
+        """
+        assert adapter.columns is not None
+        self._rows, self._columns, self._config = rows, adapter.columns, config
+        self._none = dict.fromkeys(adapter.makes)
+        if missing := [name for name in adapter.reads if name not in rows.column_names]:
+            raise RecipeError(
+                f"{config.path} has no column {missing}, which adapter = {config.adapter!r} reads; it has"
+                f" {sorted(rows.column_names)}. Leave adapter out and name the columns of this data"
+            )
+        self.column_names = [*dict.fromkeys((*rows.column_names, *adapter.makes))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._adapted(index, self._rows[index])
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self._adapted(index, row) for index, row in enumerate(self._rows))
+
+    def _adapted(self, index: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return {**row, **self._none, **self._columns(row)}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            config = self._config
+            raise RecipeError(
+                f"{config.path}, row {index} is not what adapter = {config.adapter!r} knows: {type(error).__name__}:"
+                f" {error}. Leave adapter out and name the columns of this data"
+            ) from error
+
+
 def local_file(config: FileData) -> Path | None:
-    """The file that the data is read from; None for a name on the hub.
+    """The file that the data is read from; None for what lies on the hub.
 
     Raises:
         RecipeError: when there is none.
     """
     path = Path(config.path)
-    if _suffix(path) not in FILE_READERS:
+    if _suffix(path) not in FILE_READERS or config.path.startswith(ON_THE_HUB):
         return None
     if not path.is_file():
         raise RecipeError(f"no data file at {path}; give another path with data.<name>.path=...")
@@ -159,7 +200,10 @@ def _read(config: FileData) -> Any:
             raise RecipeError(f"{path} has no rows") from None
         except (OSError, ValueError, DatasetGenerationError) as error:
             raise RecipeError(f"{path} could not be read: {_reason(error)}. Mend it, or leave rows out") from error
+    reader = FILE_READERS.get(_suffix(Path(config.path)))
     try:
+        if reader and config.path.startswith(ON_THE_HUB):
+            return datasets.load_dataset(reader, data_files=config.path, split="train")
         return datasets.load_dataset(config.path, config.config, split=config.split)
     except (OSError, ValueError, ConnectionError) as error:
         raise RecipeError(
@@ -177,8 +221,13 @@ def _reason(error: BaseException) -> str:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with every {column} replaced by the row's."""
-    return PLACEHOLDER.sub(lambda match: str(row[match.group(1)]), template)
+    """The template with every {column} replaced by the row's value."""
+    return PLACEHOLDER.sub(lambda match: _text(row[match.group(1)]), template)
+
+
+def _text(value: Any) -> str:
+    """A list has an item a line."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_filled(row: Mapping[str, Any], index: int, config: FileData, *, columns: Iterable[str | None] = ()) -> None:
@@ -217,10 +266,10 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     assert config.tests is not None
     reference: dict[str, Any] = {
         "tests": list(row[config.tests]),
-        "setup": (row[config.setup] or "") if config.setup else "",
+        "setup": _text(row[config.setup] or "") if config.setup else "",
         "entry_point": row[config.entry_point] if config.entry_point else None,
     }
-    if config.solution:
+    if config.solution and row[config.solution]:
         reference["reference_solution"] = row[config.solution]
         reference["entry_point"] = reference["entry_point"] or _called_function(
             row[config.solution], reference["tests"]
@@ -228,10 +277,11 @@ def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]
     return reference
 
 
-def _called_function(solution: str, tests: Sequence[str]) -> str | None:
+def _called_function(solution: str, tests: Sequence[Any]) -> str | None:
     """The function of the solution that the tests call, which may have the name of a builtin; None if that is unclear."""
     defined = re.findall(r"^def (\w+)\(", solution, re.MULTILINE)
-    called = [name for name in defined if any(re.search(rf"\b{name}\(", test) for test in tests)]
+    snippets = [test for test in tests if isinstance(test, str)]  # others are inputs and outputs, and call nothing
+    called = [name for name in defined if any(re.search(rf"\b{name}\(", snippet) for snippet in snippets)]
     return called[0] if len(set(called)) == 1 else None
 
 
@@ -242,35 +292,39 @@ def response_ids(text: str, tokenizer: TokenizerLike) -> tuple[int, ...]:
     return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
 
 
-def check_golds(prompts: Sequence[Prompt], *, max_rejected: float, verifier: VerifierConfig) -> list[Prompt]:
+def check_golds(prompts: Prompts, *, max_rejected: float, verifier: VerifierConfig) -> Prompts:
     """Those prompts whose gold answer their own verifier accepts.
 
     A math gold is its answer in a box; a code gold is the reference solution where the data has one. Prompts without a
     gold to check are kept.
 
     Raises:
-        RecipeError: when more than `max_rejected` of the golds are rejected, with examples.
+        RecipeError: as soon as more than `max_rejected` of the golds must be rejected, with examples.
     """
     from reward import Outcome, RewardPool, check_reference, gold_response
 
-    # A code problem without a reference solution has no gold to check.
-    checked = [i for i, p in enumerate(prompts) if p.task == "math" or p.reference.get("reference_solution")]
-    for prompt in prompts:
-        try:
-            check_reference(prompt.task, prompt.reference)
-        except ValueError as error:
-            raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
+    rejected_P = np.zeros(len(prompts), np.bool_)
+    num_checked, examples = 0, list[str]()
     with RewardPool.from_table(verifier.model_dump()) as pool:
-        verdicts = pool.score_many(
-            [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(prompts.__getitem__, checked)]
-        )
-    rejected = {i: v for i, v in zip(checked, verdicts, strict=True) if v.outcome is not Outcome.CORRECT}
-    if len(rejected) > max_rejected * len(checked):
-        examples = "; ".join(
-            f"{prompts[i].id}: {v.outcome.value} {v.detail}"[:200] for i, v in list(rejected.items())[:3]
-        )
-        raise RecipeError(
-            f"{len(rejected)} of {len(checked)} gold answers are rejected by their own verifier ({examples}). Mend the"
-            " data, or leave these prompts out with max_rejected_golds"
-        )
-    return [prompt for i, prompt in enumerate(prompts) if i not in rejected]
+        for start in range(0, len(prompts), GOLDS_AT_ONCE):
+            batch = [prompts[index] for index in range(start, min(start + GOLDS_AT_ONCE, len(prompts)))]
+            for prompt in batch:
+                try:
+                    check_reference(prompt.task, prompt.reference)
+                except ValueError as error:
+                    raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
+            # A code problem without a reference solution has no gold to check.
+            checked = [i for i, p in enumerate(batch) if p.task == "math" or p.reference.get("reference_solution")]
+            golds = [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(batch.__getitem__, checked)]
+            num_checked += len(checked)
+            for i, verdict in zip(checked, pool.score_many(golds), strict=True):
+                if verdict.outcome is not Outcome.CORRECT:
+                    rejected_P[start + i] = True
+                    examples.append(f"{batch[i].id}: {verdict.outcome.value} {verdict.detail}"[:200])
+            num_left = len(prompts) - start - len(batch)
+            if rejected_P.sum() > max_rejected * (num_checked + num_left):
+                raise RecipeError(
+                    f"{rejected_P.sum()} of {num_checked} gold answers are rejected by their own verifier"
+                    f" ({'; '.join(examples[:3])}). Mend the data, or leave these prompts out with max_rejected_golds"
+                )
+    return prompts.without(rejected_P, "gold_rejected")

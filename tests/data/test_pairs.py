@@ -9,7 +9,7 @@ import pytest
 
 from rlpost.config import PairData, RecipeError
 from rlpost.data.pairs import load_pairs
-from rlpost.data.sources import ShuffledPrompts
+from rlpost.data.prompts import Prompts
 from tests.data.test_sources import ByteTokenizer, write_jsonl
 
 BOS, EOS = "\x01", "\x00"
@@ -77,7 +77,7 @@ def test_other_responses_are_other_data(tmp_path: Path) -> None:
     for rejected in ("bad", "worse"):
         path = write_jsonl(tmp_path / "d.jsonl", [row(rejected=rejected)])
         prompts, _ = load_pairs(pair_data(path), ByteTokenizer(), max_response_tokens=9)
-        prints.add(ShuffledPrompts(prompts, seed=0).fingerprint)
+        prints.add(Prompts.listed(prompts).fingerprint)
     assert len(prints) == 2
 
 

@@ -1,4 +1,4 @@
-"""Prompts by ordinal, and data that is refused at the door."""
+"""What becomes of rows, and data that is refused at the door."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlpost.config import DatasetData, GeneratedData, RecipeError, VerifierConfig
-from rlpost.data.sources import ShuffledPrompts, check_golds, load_dataset_prompts, load_generated
+from rlpost.data.prompts import Prompts
+from rlpost.data.sources import check_golds, load_dataset_prompts, load_generated
 from rlpost.types import Prompt
 
 
@@ -32,26 +33,6 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def math_data(path: Path, **changes: Any) -> DatasetData:
     fields = {"source": "dataset", "path": str(path), "task": "math", "prompt": "Q: {question}\n", "answer": "answer"}
     return DatasetData(**(fields | changes))  # type: ignore[arg-type]
-
-
-PROMPTS = [Prompt(id=str(i), token_ids=(i,), task="math", reference={}) for i in range(5)]
-
-
-def test_every_epoch_holds_each_prompt_once_in_an_order_of_its_own() -> None:
-    source = ShuffledPrompts(PROMPTS, seed=3)
-    epochs = [[source[5 * e + i].id for i in range(5)] for e in range(4)]
-    assert all(sorted(epoch) == list("01234") for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert [ShuffledPrompts(PROMPTS, seed=3)[i].id for i in (17, 2, 11)] == [epochs[3][2], epochs[0][2], epochs[2][1]]
-
-
-def test_the_fingerprint_changes_with_data_and_order() -> None:
-    prints = {
-        ShuffledPrompts(PROMPTS, seed=3).fingerprint,
-        ShuffledPrompts(PROMPTS, seed=4).fingerprint,
-        ShuffledPrompts(PROMPTS[:4], seed=3).fingerprint,
-    }
-    assert len(prints) == 3 and ShuffledPrompts(PROMPTS, seed=3).fingerprint in prints
 
 
 def test_columns_become_prompt_and_reference(tmp_path: Path) -> None:
@@ -86,7 +67,7 @@ def test_files_that_cannot_be_read_and_values_that_are_missing_are_named(tmp_pat
 def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "x" * n, "answer": "2"} for n in (5, 50)])
     assert len(load_dataset_prompts(math_data(path, max_prompt_tokens=20), ByteTokenizer())) == 1
-    with pytest.raises(RecipeError, match="every prompt is longer than max_prompt_tokens = 3"):
+    with pytest.raises(RecipeError, match=r"'prompt_too_long': 2}. max_prompt_tokens = 3"):
         load_dataset_prompts(math_data(path, max_prompt_tokens=3), ByteTokenizer())
 
 
@@ -95,11 +76,17 @@ def code_prompt(solution: str) -> Prompt:
     return Prompt(id=solution[:20], token_ids=(1,), task="code", reference=reference)
 
 
-def test_golds_their_own_verifier_rejects_are_refused_or_left_out_as_the_recipe_says() -> None:
+def test_golds_their_own_verifier_rejects_are_refused_or_left_out_as_the_recipe_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In batches of two: the third prompt's verdict must reach the third."""
+    monkeypatch.setattr("rlpost.data.sources.GOLDS_AT_ONCE", 2)
     good, bad = code_prompt("def f(x):\n    return 2 * x"), code_prompt("def f(x):\n    return x")
-    with pytest.raises(RecipeError, match=r"1 of 2 gold answers are rejected by their own verifier"):
-        check_golds([good, bad], max_rejected=0.0, verifier=VerifierConfig())
-    assert check_golds([good, bad], max_rejected=0.5, verifier=VerifierConfig()) == [good]
+    prompts = Prompts.listed([good, good, bad])
+    with pytest.raises(RecipeError, match=r"1 of 3 gold answers are rejected by their own verifier \(def f"):
+        check_golds(prompts, max_rejected=0.3, verifier=VerifierConfig())
+    checked = check_golds(prompts, max_rejected=0.34, verifier=VerifierConfig())
+    assert list(checked) == [good, good] and checked.left_out == {"gold_rejected": 1}
 
 
 def test_generated_prompts_are_distinct_and_families_take_turns() -> None:

@@ -14,7 +14,7 @@ import torch
 from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervised
 from rlpost.core.optimizers import AdamW
 from rlpost.core.weights import checksum
-from rlpost.data.sources import ShuffledPrompts
+from rlpost.data.prompts import Prompts, ShuffledPrompts
 from rlpost.engines.lora_layers import LoraSpec
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
@@ -93,7 +93,7 @@ def make_stage(
     return Stage(
         name=name,
         plan=StagePlan(num_steps=steps, groups_per_step=prompts, max_staleness=staleness),
-        prompts=ShuffledPrompts(PROMPTS, seed=0),
+        prompts=ShuffledPrompts(Prompts.listed(PROMPTS), seed=0),
         spec=StageSpec(objective=objective, optimizer=AdamW(), temperature=1.0, num_threads=1),
         group_size=group_size,
         max_response_tokens=max_tokens,

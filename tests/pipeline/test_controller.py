@@ -95,11 +95,11 @@ def test_a_stage_on_its_own_pairs_learns_from_the_judge_and_counts_ties(make_run
         low = int(rollout.token_ids[rollout.loss_mask][0]) < 150
         return Judgement(reward=float(low), outcome="correct" if low else "wrong")
 
-    stage = make_stage(staleness=1, steps=20, prompts=6, lr=3e-3, objective=Preference())
+    stage = make_stage(staleness=1, steps=20, prompts=6, lr=1e-2, objective=Preference())
     rows = make_run([stage], judge=judge).start().tracker.of("step")
-    for row in rows:
-        assert row["preference/pairs"] == round(6 * (1 - row["reward/frac_zero_std"]))
-        assert row["staleness/token_max"] <= 1 and "actor/pg_clipfrac" not in row
+    for row in rows:  # one whose groups are all tied has no pairs, and trains no token
+        assert row.get("preference/pairs", 0) == round(6 * (1 - row["reward/frac_zero_std"]))
+        assert row.get("staleness/token_max", 0) <= 1 and "actor/pg_clipfrac" not in row
     assert any(0 < row["reward/frac_zero_std"] < 1 for row in rows)
     first, last = ([row["reward/mean"] for row in part] for part in (rows[:5], rows[-5:]))
     assert sum(last) > sum(first) + 1.0
