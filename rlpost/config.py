@@ -272,7 +272,7 @@ class PublishConfig(Table):
     the adapter beside it, so that a version is the adapter's changes (docs/algorithms.md)."""
     archive: ArchiveConfig | None = None
     observer: ObserverConfig | None = None
-    """Takes twice the weights of the driver's memory."""
+    """In the driver, whose memory then holds three versions and more (--dry-run says how much)."""
 
 
 class MathVerifierConfig(Table):
