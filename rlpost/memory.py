@@ -259,13 +259,11 @@ def observer_bytes(parameters: int, *, served: int, compared: int, adapter: int 
         adapter: parameters of one that is published beside the weights.
     """
     per_weight = compared + 1  # the start of the stage, and whether an entry ever moved
-    if adapter:
-        # Versions share the base, and each is merged on its own: the last, this one, and this one before it is rounded.
-        per_weight += served + 2 * compared + (served if compared != served else 0)
-    else:
-        per_weight += 2 * served + (
-            compared if compared != served else 0
-        )  # the last and this one, and the last one rounded
+    rounds = compared != served
+    if adapter:  # versions share the base; merged are the last, this one, and this one before it is rounded
+        per_weight += served + 2 * compared + served * rounds
+    else:  # the last and this one, and the last one rounded
+        per_weight += 2 * served + compared * rounds
     return per_weight * parameters + 2 * served * adapter
 
 
