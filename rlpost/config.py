@@ -257,6 +257,8 @@ class ObserverConfig(Table):
 
     spectra_every: Positive = 25
     """Versions from one whose update is decomposed to the next."""
+    dtype: Literal["bfloat16"] | None = None
+    """What versions are rounded to before they are compared; None: compared as served. In float32 every trained entry moves."""
     budget: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share of one core's time, without a stage's last version and report; what does not fit is left out, and it says so."""
 
@@ -270,7 +272,7 @@ class PublishConfig(Table):
     the adapter beside it, so that a version is the adapter's changes (docs/algorithms.md)."""
     archive: ArchiveConfig | None = None
     observer: ObserverConfig | None = None
-    """Takes twice the weights of the driver's memory."""
+    """In the driver, whose memory then holds three versions and more (--dry-run says how much)."""
 
 
 class MathVerifierConfig(Table):

@@ -250,6 +250,23 @@ def learner_memory(shape: LearnerShape) -> Mapping[Moment, Mapping[str, float]]:
     return moments
 
 
+def observer_bytes(parameters: int, *, served: int, compared: int, adapter: int = 0) -> float:
+    """Of the driver while its observer takes a version in.
+
+    Args:
+        parameters: of the model.
+        served, compared: bytes of a weight, as it is published and as it is compared.
+        adapter: parameters of one that is published beside the weights.
+    """
+    per_weight = compared + 1  # the start of the stage, and whether an entry ever moved
+    rounds = compared != served
+    if adapter:  # versions share the base; merged are the last, this one, and this one before it is rounded
+        per_weight += served + 2 * compared + served * rounds
+    else:  # the last and this one, and the last one rounded
+        per_weight += 2 * served + compared * rounds
+    return per_weight * parameters + 2 * served * adapter
+
+
 def peak(shape: LearnerShape) -> tuple[Moment, Mapping[str, float]]:
     """The moment that takes most, and its parts."""
     moments = learner_memory(shape)

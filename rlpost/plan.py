@@ -31,7 +31,7 @@ from rlpost.config import (
     StageConfig,
     UpdatedEntries,
 )
-from rlpost.memory import PARTS, Architecture, LearnerShape, learner_memory, peak
+from rlpost.memory import PARTS, Architecture, LearnerShape, learner_memory, observer_bytes, peak
 
 GENERATED_PROMPT_TOKENS = 128
 """No generated problem is longer."""
@@ -175,6 +175,9 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
         f"{recipe.verifier.math.workers} math, {recipe.verifier.code.workers} code child process(es)",
         "small",
     )
+    if recipe.publish.observer is not None:
+        budget = f"{recipe.publish.observer.budget:.0%} of a core"
+        workers.add_row("observer (in the driver)", "1", budget, _observer_memory(recipe, parameters, trained))
     size = f"{parameters / 1e6:,.1f} M parameters" if parameters else "size unknown before it is downloaded"
     facts = (
         f"model: {recipe.model.path or 'built from scratch'} ({size}); longest sequence {max_model_len(recipe)} tokens\n"
@@ -228,6 +231,16 @@ def _sampler_memory(recipe: Recipe, parameters: int | None, trained: int | None)
         else "64 MiB"
     )
     return f"{_size(weights)} weights{adapter} + {cache} KV"
+
+
+def _observer_memory(recipe: Recipe, parameters: int | None, trained: int | None) -> str:
+    observer, beside = recipe.publish.observer, recipe.publish.policy == "adapter"
+    assert observer is not None
+    if parameters is None or (beside and trained is None):
+        return "-"
+    served = DTYPE_BYTES[recipe.sampler.dtype]
+    compared = DTYPE_BYTES[observer.dtype or recipe.sampler.dtype]
+    return _size(observer_bytes(parameters, served=served, compared=compared, adapter=trained or 0 if beside else 0))
 
 
 def _what_is_trained(recipe: Recipe, trained: int | None) -> str:

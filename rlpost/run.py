@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from rlpost import exit_codes
@@ -196,7 +197,13 @@ def _observer(
         observed.append(ObservedStage(name=stage.name, first=first, last=last, start=start))
         first, start = last, run_dir / EXPORTS / stage.name
     return VersionObserver(
-        observed, run_dir, tracker.log, tracker.show, spectra_every=options.spectra_every, budget=options.budget
+        observed,
+        run_dir,
+        tracker.log,
+        tracker.show,
+        spectra_every=options.spectra_every,
+        dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        budget=options.budget,
     )
 
 

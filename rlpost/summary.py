@@ -175,7 +175,7 @@ def _gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, f
 
 
 def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
-    """Compares two models in bfloat16, one tensor of each in memory at a time.
+    """Compares two models in bfloat16, a piece of one tensor of each in memory at a time.
 
     bfloat16 whatever they are stored in: it is what samplers usually serve and what the literature's update sparsity
     counts, and in float32 every trained entry moves.
@@ -191,10 +191,9 @@ def moved_weights(before_dir: Path, after_dir: Path) -> list[MovedWeights]:
     versions = open_versions([str(before_dir), str(after_dir)], dtype=torch.bfloat16)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for name in versions.names:
-        before, after = versions.tensors(name)
-        counts[weight_kind(name)].update(
-            tensors=1, entries=before.numel(), unchanged=int((bits(before) == bits(after)).sum())
-        )
+        counts[weight_kind(name)].update(tensors=1, entries=versions.shape(name).numel())
+        for before_N, after_N in versions.pieces(name):
+            counts[weight_kind(name)]["unchanged"] += int((bits(before_N) == bits(after_N)).sum())
     return [
         MovedWeights(
             kind=kind,

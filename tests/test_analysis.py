@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlpost import cli, exit_codes
-from rlpost.analysis.measure import WeightRow, analyze, by_kind, pool
+from rlpost.analysis.measure import WeightRow, analyze, by_kind, measure, pool
+from rlpost.analysis.stored import HeldVersion, Versions
 from rlpost.archive import VERSIONS, VersionArchive
 from rlpost.core.patch import diff
 from rlpost.types import WeightImage
@@ -149,6 +150,34 @@ def test_the_rank_alone_is_the_one_of_the_spectrum(
     lines = capsys.readouterr().out.split("by direction")[1].split("update, by layer")[0].splitlines()
     found = [line.split() for line in lines if line[:1].isalpha()]
     assert found == [["q", "10.0", "%"], ["up", "5.0", "%"], ["all", "7.5", "%"]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 200])
+def test_counts_do_not_depend_on_the_pieces_that_weights_are_read_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Pieces that end within a row, with one, and after it; steps are powers of 2, so that sums are exact. Of the vocabulary only
+    the first 30 rows are in both."""
+    embedding = "model.embed_tokens.weight"
+    torch.manual_seed(1)
+    before = weights() | {embedding: torch.randn(31, 8).bfloat16()}
+    after = {name: tensor + (torch.rand(tensor.shape) < 0.1).bfloat16() * 0.5 for name, tensor in before.items()}
+    after[embedding] = after[embedding][:30]
+    held = [before | {embedding: before[embedding][:30]}, after]
+    whole = measure(Versions(["before", "after"], [HeldVersion(tensors) for tensors in held])).updates[0]
+    for module in ("core.sparsity", "engines.pretrained"):
+        monkeypatch.setattr(f"rlpost.{module}.CHUNK", chunk)
+    monkeypatch.delattr(Versions, "tensors")
+    places = [str(save(tmp_path / name, tensors)) for name, tensors in (("before", before), ("after", after))]
+    (found,) = analyze(places[0], places[1:]).updates
+    assert found.rows == whole.rows and found.pictures.keys() == whole.pictures.keys() == {Q}
+    assert torch.equal(found.pictures[Q], whole.pictures[Q])
+    for row in found.rows:
+        changed = held[0][row.name] != after[row.name]
+        assert row.sparsity.bit_equal == int((~changed).sum())
+        if row.untouched_rows is not None:
+            untouched = [int((~changed.any(axis)).sum()) for axis in (1, 0)]
+            assert [row.untouched_rows, row.untouched_columns] == untouched
 
 
 def test_identical_directories_are_unchanged_everywhere(planted: tuple[Path, Path]) -> None:

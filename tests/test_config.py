@@ -243,6 +243,15 @@ def test_the_plan_counts_what_stages_need_beside_the_policy() -> None:
         assert bool(row(text, "reference")) == needs
 
 
+def test_the_plan_counts_an_observer_in_the_driver() -> None:
+    """7e9 parameters served in bfloat16: 7 bytes of each are 45.6 GiB; in float32, compared in bfloat16, 13 are 84.8."""
+    assert "observer" not in rendered(build_recipe(TREE))
+    text = rendered(build_recipe(TREE, ["publish.observer.budget=0.05"]))
+    assert row(text, "observer (in the driver)") == ["1", "5% of a core", "45.6 GiB"]
+    text = rendered(build_recipe(TREE, ["publish.observer.dtype=bfloat16", "sampler.dtype=float32"]))
+    assert row(text, "observer (in the driver)")[2] == "84.8 GiB"
+
+
 def test_the_plan_of_an_adapter_counts_what_is_trained(tiny_model: Path) -> None:
     """Two layers of four 64 x 64 matrices and three of 192 x 64: rank 4 x (4 x 128 + 3 x 256) x 2 = 10,240."""
     lora = ["learner.lora={rank=4, alpha=8}", "learner.dtype=float32"]

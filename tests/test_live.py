@@ -80,6 +80,7 @@ def test_entries_are_counted_against_the_last_version_and_the_start_of_the_stage
     log = Log()
     watch(observer(tmp_path, log), versions)
     assert [(row["step"], row["stage"]) for row in log.rows] == [(1, "one"), (2, "one"), (3, "one"), (4, "two")]
+    assert [row["moved_since"] for row in log.rows] == [0, 0, 0, 3]
     keys = ("unchanged", "unchanged_since_start", "ever_moved", "returned")
     assert [pytest.approx(tuple(row[key] for key in keys)) for row in log.rows] == [
         (5 / 6, 5 / 6, 1 / 6, 0.0),
@@ -152,8 +153,25 @@ def test_a_wrong_version_ends_the_watching_and_not_the_run(versions: list[Weight
 
 
 def test_a_run_that_goes_on_counts_from_where_it_does(versions: list[WeightImage], tmp_path: Path) -> None:
-    """Its first version is no update; the start of the stage is read from its directory."""
+    """Its first version is no update; the start of the stage is read from its directory. Entry 0 had moved before."""
     log = Log()
     watch(observer(tmp_path, log), versions[2:4])
     (row,) = log.rows
     assert (row["step"], row["unchanged"], row["unchanged_since_start"]) == (3, 5 / 6, 5 / 6)
+    assert (row["moved_since"], row["ever_moved"]) == (2, 1 / 6)
+
+
+def test_an_entry_has_moved_when_its_rounded_value_has(tmp_path: Path) -> None:
+    """1 + 2^-9 is 1 in bfloat16, and 1 + 2^-7 is not: of four float32 entries that move, one does, and comes back."""
+    (tmp_path / "one").mkdir()
+    values = [[1.0] * 4, [1 + 2**-9] * 3 + [1 + 2**-7], [1 + 2**-8 - 2**-12] * 4]
+    versions = [WeightImage(version=n, tensors={NORM: torch.tensor(value)}) for n, value in enumerate(values)]
+    save_file(dict(versions[0].tensors), tmp_path / "one" / "model.safetensors")
+    for dtype, expected in (
+        (torch.bfloat16, [(3 / 4, 3 / 4, 1 / 4, 0.0), (3 / 4, 1.0, 1 / 4, 1.0)]),
+        (None, [(0.0, 0.0, 1.0, 0.0)] * 2),
+    ):
+        log = Log()
+        watch(observer(tmp_path, log, dtype=dtype, spectra_every=9), versions)
+        keys = ("unchanged", "unchanged_since_start", "ever_moved", "returned")
+        assert [tuple(row[key] for key in keys) for row in log.rows] == expected

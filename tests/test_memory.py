@@ -21,6 +21,7 @@ from rlpost.memory import (
     layer_bytes_per_token,
     learner_memory,
     logits_workspace_bytes,
+    observer_bytes,
     peak,
     states,
 )
@@ -170,6 +171,22 @@ def test_sizes_of_a_directory(tiny_model: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text('{"model_type": "other"}')
     assert Architecture.of_directory(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("served", "compared", "adapter", "expected"),
+    [
+        (2, 2, 0, 3 * 2 + 1),  # two versions, the start of the stage, and a byte for what ever moved
+        (4, 4, 0, 3 * 4 + 1),
+        (4, 2, 0, 2 * 4 + 2 * 2 + 1),  # the last version and the start rounded
+        (2, 2, 50, 2 + 3 * 2 + 1 + 2 * 0.1),  # the base once, two merged, the start; the adapter of both
+        (4, 2, 50, 4 + 4 + 3 * 2 + 1 + 4 * 0.1),
+    ],
+)
+def test_the_observer_holds_versions_and_the_start_of_the_stage(
+    served: int, compared: int, adapter: int, expected: float
+) -> None:
+    assert observer_bytes(1000, served=served, compared=compared, adapter=adapter) == 1000 * expected
 
 
 def test_constants_are_those_of_the_engine() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlpost.core.sparsity import in_pieces
 from rlpost.core.weights import merged_weight
 from rlpost.engines.pretrained import (
     ADAPTER_CONFIG,
@@ -75,6 +76,11 @@ class MergedAdapter:
         turned = self._config.get("fan_in_fan_out", False)
         whole_MN = merged_weight(base.T if turned else base, A_RN, B_MR, self._scale(module, len(A_RN)))
         return (whole_MN.T if turned else whole_MN).to(self._dtype or base.dtype)
+
+    def pieces(self, name: str, numel: int) -> Iterator[Tensor]:
+        return (
+            in_pieces(self.tensor(name).flatten()[:numel]) if name in self._modules else self._base.pieces(name, numel)
+        )
 
     def _scale(self, module: str, rank: int) -> float:
         """Of an adapted module; a pattern is a regular expression for the end of its name, and the first that fits counts."""

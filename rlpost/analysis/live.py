@@ -61,6 +61,7 @@ class VersionObserver:
         show: Callable[[str, int, bytes], None],
         *,
         spectra_every: int,
+        dtype: torch.dtype | None = None,
         budget: float = 0.02,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -70,10 +71,11 @@ class VersionObserver:
             log: takes rows of kind "analysis", and events.
             show: takes a picture's name, its step and its PNG.
             spectra_every: versions from one whose update is decomposed to the next, counted from the start of a stage.
+            dtype: what versions are rounded to before they are compared; None: compared as served.
             budget: share of one core's time.
         """
         self._stages, self._run_dir, self._log, self._show = stages, run_dir, log, show
-        self._spectra_every = spectra_every
+        self._spectra_every, self._dtype = spectra_every, dtype
         self._budget, self._clock, self._started, self._spent_s = budget, clock, clock(), 0.0
         self._ends = {stage.last for stage in stages}
         self._given: int | None = None
@@ -82,7 +84,9 @@ class VersionObserver:
         self._work: queue.Queue[tuple[WeightPatch, list[int]] | None] = queue.Queue()
         self._image: WeightImage | None = None
         self._plain: WeightImage | None = None
-        """The same with an adapter that was published beside the weights merged into them."""
+        """The same with an adapter that was published beside the weights merged into them, rounded."""
+        self._since = 0
+        """The version that the run began or went on with."""
         self._stage: ObservedStage | None = None
         self._start: dict[str, Tensor] = {}
         self._entries: dict[str, MovedEntries] = {}
@@ -146,15 +150,19 @@ class VersionObserver:
     def _measure(self, patch: WeightPatch, passed: list[int]) -> None:
         before = self._plain
         self._image = patched(self._image if patch.base is not None else None, patch)
-        self._plain = WeightImage(version=patch.version, tensors=merged(self._image.tensors))
+        rounded = {name: tensor.to(self._dtype or tensor.dtype) for name, tensor in merged(self._image.tensors).items()}
+        self._plain = WeightImage(version=patch.version, tensors=rounded)
         version = patch.version
+        if before is None:
+            self._since = version
         stage = next((stage for stage in self._stages if stage.first < version <= stage.last), None)
         if before is None or stage is None:
             return  # what a run begins or goes on with is no update of it
         if stage is not self._stage:
             self._begin(stage)
         self._count(before, self._plain)
-        row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed, **self._figures()}
+        row: dict[str, Any] = {"step": version, "stage": stage.name, "passed": passed}
+        row |= {"moved_since": max(self._since, stage.first), **self._figures()}
         analysis = None
         if version == stage.last or (version - stage.first) % self._spectra_every == 0:
             analysis = self._analysis(stage, version)

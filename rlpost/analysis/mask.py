@@ -19,7 +19,7 @@ from rlpost.core.subnetwork import (
     updated_mask,
     with_control,
 )
-from rlpost.core.weights import weight_layer
+from rlpost.core.weights import dtype_name, weight_layer
 from rlpost.engines.mask_file import write_masks
 
 
@@ -78,7 +78,7 @@ def write_mask(before: str, after: str, output: Path, selection: Selection = Sel
         chosen[name] = (int(mask.sum()), mask.numel())
         return mask
 
-    settings = asdict(selection) | {"dtype": str(selection.dtype).removeprefix("torch.")}
+    settings = asdict(selection) | {"dtype": dtype_name(selection.dtype)}
     with beside(output) as partial:
         shapes = {name: versions.shape(name) for name in versions.names}
         write_masks(shapes, mask_of, partial, provenance={"before": before, "after": after, **settings})

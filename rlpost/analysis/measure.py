@@ -14,15 +14,16 @@ from torch import Tensor
 from rlpost.analysis.stored import Versions, open_versions
 from rlpost.core.agreement import Agreement, agreement, pooled_agreement
 from rlpost.core.overlap import Overlap, overlap, overlap_with_mask, pooled_overlap
+from rlpost.core.patch import naming
 from rlpost.core.rank import numerical_rank
 from rlpost.core.sparsity import (
     RELATIVE,
     TOLERANCES,
     Sparsity,
+    UpdateCounts,
     changed_grid,
-    changed_rows_and_columns,
+    in_pieces,
     pooled,
-    sparsity,
 )
 from rlpost.core.spectrum import (
     Ranks,
@@ -35,7 +36,7 @@ from rlpost.core.spectrum import (
     spectral_shift,
 )
 from rlpost.core.subnetwork import low_magnitude_mask, principal_mask
-from rlpost.core.weights import in_model_order, weight_kind, weight_layer
+from rlpost.core.weights import dtype_name, in_model_order, weight_kind, weight_layer
 
 TOP = 10
 """Leading directions that are compared."""
@@ -170,7 +171,8 @@ class Pooled:
 def analyze(
     before: str, after: Sequence[str], *, dtype: torch.dtype | None = None, rank: bool = False, spectra: bool = False
 ) -> Analysis:
-    """Every weight of the versions; of those in files, one weight of each is in memory at a time.
+    """Every weight of the versions; of those in files a piece of one is in memory at a time, or one weight of each where ranks,
+    spectra or several updates are asked for.
 
     Args:
         before, after: as `open_version` takes them.
@@ -197,21 +199,30 @@ def measure(versions: Versions, *, rank: bool = False, spectra: bool = False, la
     shared: list[dict[str, list[tuple[Overlap, Agreement]]]] = [{} for _ in pairs]
     pictured = _middle_layer(versions.names)
     for name in versions.names:
-        base, *others = versions.tensors(name)
-        for index, other in enumerate(others):
-            try:
-                small = largest is None or min(base.shape, default=0) <= largest
-                rows[index].append(weigh(name, base, other, rank=rank, spectra=spectra and small))
-            except ValueError as error:
-                raise ValueError(f"{before} and {after[index]}: {name}: {error}") from error
-            if name in pictured and base.ndim == 2:
-                pictures[index][name] = changed_grid(base, other)
+        shape = versions.shape(name)
+        counts = [UpdateCounts(shape) for _ in after]
+        is_matrix = counts[0].is_matrix
+        whole = versions.tensors(name) if pairs or (is_matrix and (rank or spectra)) else None
+        changed: list[list[Tensor]] = [[] for _ in after]
+        for base_N, *others_N in versions.pieces(name) if whole is None else zip(*map(in_pieces, whole), strict=True):
+            for index, other_N in enumerate(others_N):
+                with naming(f"{before} and {after[index]}: {name}"):
+                    changed_N = counts[index].add(base_N, other_N)
+                if is_matrix and name in pictured:
+                    changed[index].append(changed_N)
+        small = largest is None or min(shape, default=0) <= largest
+        for index, where in enumerate(after):
+            if changed[index]:
+                pictures[index][name] = changed_grid(torch.cat(changed[index]).view(shape))
+            pair = (whole[0], whole[1 + index]) if whole is not None and is_matrix else None
+            with naming(f"{before} and {where}: {name}"):
+                row = _row(name, versions.dtype(name), counts[index], pair, rank=rank, spectra=spectra and small)
+            rows[index].append(row)
         for kinds, (first, second) in zip(shared, pairs, strict=True):
-            one, other = others[first], others[second]
-            try:
-                found = overlap(base, one, other), agreement(base, one, other)
-            except ValueError as error:
-                raise ValueError(f"{after[first]} and {after[second]}: {name}: {error}") from error
+            assert whole is not None
+            three = whole[0], whole[1 + first], whole[1 + second]
+            with naming(f"{after[first]} and {after[second]}: {name}"):
+                found = overlap(*three), agreement(*three)
             kinds.setdefault(weight_kind(name), []).append(found)
     return Analysis(
         before=before,
@@ -223,32 +234,6 @@ def measure(versions: Versions, *, rank: bool = False, spectra: bool = False, la
             _comparison(after[first], after[second], kinds)
             for kinds, (first, second) in zip(shared, pairs, strict=True)
         ),
-    )
-
-
-def weigh(name: str, before: Tensor, after: Tensor, *, rank: bool = False, spectra: bool = False) -> WeightRow:
-    """Raises ValueError when shapes or dtypes differ, or an entry is not finite."""
-    counts = sparsity(before, after)
-    is_matrix = before.ndim == 2 and before.numel() > 0
-    untouched = (
-        [int((~changed).sum()) for changed in changed_rows_and_columns(before, after)] if is_matrix else [None] * 2
-    )
-    spectrum = _spectrum(before, after, changed=counts.numel - counts.bit_equal) if spectra and is_matrix else None
-    if spectrum is not None:
-        found = spectrum.ranks.numerical
-    else:
-        found = numerical_rank(after.float() - before.float()) if rank and is_matrix else None
-    return WeightRow(
-        name=name,
-        kind=weight_kind(name),
-        layer=weight_layer(name),
-        shape=tuple(before.shape),
-        dtype=str(before.dtype).removeprefix("torch."),
-        sparsity=counts,
-        untouched_rows=untouched[0],
-        untouched_columns=untouched[1],
-        rank=found,
-        spectrum=spectrum,
     )
 
 
@@ -294,6 +279,35 @@ def plain(analysis: Analysis) -> dict[str, Any]:
             for found in analysis.comparisons
         ],
     }
+
+
+def _row(
+    name: str,
+    dtype: torch.dtype,
+    counts: UpdateCounts,
+    matrices: tuple[Tensor, Tensor] | None,
+    *,
+    rank: bool,
+    spectra: bool,
+) -> WeightRow:
+    """`matrices`, before and after, where rank or spectra are asked for."""
+    found = counts.sparsity()
+    spectrum = _spectrum(*matrices, changed=found.numel - found.bit_equal) if spectra and matrices is not None else None
+    numerical = None if spectrum is None else spectrum.ranks.numerical
+    if rank and matrices is not None and spectrum is None:
+        numerical = numerical_rank(matrices[1].float() - matrices[0].float())
+    return WeightRow(
+        name=name,
+        kind=weight_kind(name),
+        layer=weight_layer(name),
+        shape=tuple(counts.shape),
+        dtype=dtype_name(dtype),
+        sparsity=found,
+        untouched_rows=int((~counts.rows_M).sum()) if counts.is_matrix else None,
+        untouched_columns=int((~counts.columns_K).sum()) if counts.is_matrix else None,
+        rank=numerical,
+        spectrum=spectrum,
+    )
 
 
 def _middle_layer(names: Sequence[str]) -> set[str]:

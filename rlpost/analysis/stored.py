@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from rlpost.analysis.adapter import MergedAdapter
 from rlpost.archive import VERSIONS, VersionArchive, last_export
 from rlpost.core.patch import check_chain, rebuilt_tensor
-from rlpost.core.weights import adapter_names, is_of_adapter, merged
+from rlpost.core.sparsity import in_pieces
+from rlpost.core.weights import adapter_names, dtype_name, is_of_adapter, merged
 from rlpost.engines.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensors, check_weights, downloaded
 from rlpost.tracking import FILES
 
@@ -39,8 +40,12 @@ class StoredVersion(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
 
+    def pieces(self, name: str, numel: int) -> Iterator[Tensor]:
+        """Its first `numel` entries, in pieces as `core.sparsity.in_pieces` makes them."""
+        return in_pieces(self.tensor(name).flatten()[:numel])
 
-class HeldVersion:
+
+class HeldVersion(StoredVersion):
     """A version whole in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -60,7 +65,7 @@ class HeldVersion:
         return self._tensors[name]
 
 
-class ArchivedVersion:
+class ArchivedVersion(StoredVersion):
     """A version of a run's archive; each weight is rebuilt when it is asked for, and proved by its checksum. An adapter that was
     published beside the weights is merged into them."""
 
@@ -191,9 +196,19 @@ class Versions:
         shape = self._shapes(name)[0]
         return torch.Size((self._rows[name], *shape[1:])) if name in self._rows else shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is read."""
+        return self._dtype or self._stored[0].dtype(self._tied[0].get(name, name))
+
     def tensors(self, name: str) -> list[Tensor]:
         """That weight of every version, in the order of the places."""
         return [self._rounded(self.stored(name, index)) for index in range(len(self._stored))]
+
+    def pieces(self, name: str) -> Iterator[list[Tensor]]:
+        """The same, a piece at a time as `core.sparsity.in_pieces` makes them: no file's weight is whole in memory."""
+        numel = self.shape(name).numel()
+        parts = (s.pieces(tied.get(name, name), numel) for s, tied in zip(self._stored, self._tied, strict=True))
+        return ([self._rounded(part_N) for part_N in parts_N] for parts_N in zip(*parts, strict=True))
 
     def stored(self, name: str, index: int = 0) -> Tensor:
         """That weight of one version, not rounded."""
@@ -244,7 +259,10 @@ class Versions:
         embedding = _embedding(stored.names)
         if embedding is None or stored.dtype(HEAD) != stored.dtype(embedding):
             return False
-        return torch.equal(stored.tensor(HEAD), stored.tensor(embedding))
+        if stored.shape(HEAD) != stored.shape(embedding):
+            return False
+        numel = stored.shape(HEAD).numel()
+        return all(map(torch.equal, stored.pieces(HEAD, numel), stored.pieces(embedding, numel)))
 
     def _check_names(self, named: Sequence[set[str]]) -> None:
         for index, names in enumerate(named):
@@ -263,11 +281,11 @@ class Versions:
         for where, dtype in zip(self.places, dtypes, strict=True):
             if not dtype.is_floating_point or dtype.itemsize == 1:
                 raise ValueError(
-                    f"{name} is {_name(dtype)} in {where}: quantized weights are not compared, give them dequantized"
+                    f"{name} is {dtype_name(dtype)} in {where}: quantized weights are not compared, give them dequantized"
                 )
             if self._dtype is None and dtype != dtypes[0]:
                 raise ValueError(
-                    f"{name} is {_name(dtypes[0])} in {self.places[0]} and {_name(dtype)} in {where}: give the dtype to"
+                    f"{name} is {dtype_name(dtypes[0])} in {self.places[0]} and {dtype_name(dtype)} in {where}: give the dtype to"
                     " compare them in (--dtype)"
                 )
 
@@ -300,7 +318,3 @@ def _adapter(path: Path, base: StoredVersion | None, dtype: torch.dtype | None) 
             f"{path} is a LoRA adapter, an update and no model: give the model it was trained on first, and it after that"
         )
     return MergedAdapter(path, base, dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

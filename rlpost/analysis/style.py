@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -95,9 +96,15 @@ def png(figure: Figure, *, dpi: int = 120) -> bytes:
 
 def svg(figure: Figure) -> str:
     """One <svg> element, ready for a page as for a file; text stays text."""
-    stream = io.StringIO()
+    stream, layout = io.StringIO(), figure.get_layout_engine()
+    assert layout is not None
     with style():
+        # savefig would draw everything once to find the layout, and once more.
+        FigureCanvasSVG(figure)
+        layout.execute(figure)
+        figure.set_layout_engine(None)
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.set_layout_engine(layout)
     _, start, rest = stream.getvalue().partition("<svg ")
     # Names of groups, which nothing refers to, recur in every figure of a page.
     return start + re.sub(r'<g id="[^"]*"', "<g", rest)

@@ -33,6 +33,7 @@ from rlpost.core.delta import (
     joined,
 )
 from rlpost.core.payloads import Buffer
+from rlpost.core.weights import dtype_name
 from rlpost.types import WeightImage
 
 MAGIC = b"rlpatch1"
@@ -194,7 +195,7 @@ class PatchWriter:
             self._write(piece.payload)
         self._manifest["tensors"][name] = {
             "shape": tensor.shape,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.dtype),
             "sections": [[s.start, s.stop, s.before, s.after] for s in tensor.sections],
             "pieces": [[p.start, p.stop, p.encoding, p.num_changed, len(p.payload)] for p in tensor.pieces],
         }

@@ -8,12 +8,13 @@ probe is that of "The Path Not Taken" (arXiv 2511.08567). N entries, [M, K] a ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from rlpost.core.weights import bits
 
@@ -57,8 +58,87 @@ class Sparsity:
         return count / self.numel if self.numel else 1.0
 
 
+class UpdateCounts:
+    """Of one weight, given in pieces as `in_pieces` makes them; it keeps a flag for each row and column, and a sample.
+
+    Example:
+        counts = UpdateCounts(before.shape)
+        for old_N, new_N in zip(in_pieces(before), in_pieces(after), strict=True):
+            counts.add(old_N, new_N)
+        counts.sparsity()
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape, self._numel, self._num_given = shape, shape.numel(), 0
+        self._num_changed, self._relative, self._squared = 0, 0, 0.0
+        self._beyond = dict.fromkeys(TOLERANCES, 0)
+        self._sample: list[Tensor] = []
+        self.is_matrix = len(shape) == 2 and self._numel > 0
+        if self.is_matrix:
+            self.rows_M, self.columns_K = (torch.zeros(size, dtype=torch.bool) for size in shape)
+            """Of a matrix: whether any entry of the row, or of the column, changed."""
+
+    def add(self, before_N: Tensor, after_N: Tensor) -> Tensor:
+        """Count the next entries; only changed ones are subtracted.
+
+        Returns:
+            [N] bool: which of them changed.
+
+        Raises:
+            ValueError: when a changed entry is not finite.
+        """
+        start, stride = self._num_given, max(1, self._numel // NULL_SAMPLE)
+        self._num_given += len(before_N)
+        self._sample.append(before_N[-start % stride :: stride].clone())
+        changed_N = bits(before_N) != bits(after_N)
+        if self.is_matrix:
+            self._add_rows_and_columns(start, changed_N)
+        # numpy's flatnonzero, as torch's takes twice to nine times as long.
+        changed = torch.from_numpy(np.flatnonzero(changed_N.numpy()))
+        old, new = before_N[changed], after_N[changed]
+        difference = (new - old).abs()
+        if not difference.isfinite().all():
+            raise ValueError("an entry changed to or from a value that is not finite, or by more than the dtype holds")
+        self._num_changed += len(old)
+        for tolerance in TOLERANCES:
+            self._beyond[tolerance] += int((difference > torch.tensor(tolerance, dtype=old.dtype)).sum())
+        old, new = old.double(), new.double()
+        exact = (new - old).abs()
+        self._relative += int((exact > RELATIVE * torch.maximum(new.abs(), old.abs())).sum())
+        self._squared += float(exact.square().sum())
+        return changed_N
+
+    def sparsity(self) -> Sparsity:
+        """Once every entry was given."""
+        assert self._num_given == self._numel
+        rms = math.sqrt(self._squared / self._numel) if self._numel else 0.0
+        return Sparsity(
+            numel=self._numel,
+            bit_equal=self._numel - self._num_changed,
+            within={tolerance: self._numel - count for tolerance, count in self._beyond.items()},
+            within_relative=self._numel - self._relative,
+            squared_update=self._squared,
+            predicted=self._numel * (absorption_null(torch.cat(self._sample), rms) if rms else 1.0),
+        )
+
+    def _add_rows_and_columns(self, start: int, changed_N: Tensor) -> None:
+        num_columns = self.shape[1]
+        first, stop = start // num_columns, -(-self._num_given // num_columns)
+        ends = (start - first * num_columns, stop * num_columns - self._num_given)
+        # Of bytes, the largest takes a twentieth of the time of `any`.
+        changed_RK = pad(changed_N.view(torch.uint8), ends).view(-1, num_columns)
+        self.rows_M[first:stop] |= changed_RK.amax(1).bool()
+        self.columns_K |= changed_RK.amax(0).bool()
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Its entries in row-major order, CHUNK at a time."""
+    flat_N = tensor.detach().flatten()
+    return (flat_N[low : low + CHUNK] for low in range(0, len(flat_N), CHUNK))
+
+
 def sparsity(before: Tensor, after: Tensor) -> Sparsity:
-    """Of one weight; a chunk at a time, and only changed entries are subtracted.
+    """Of one weight.
 
     Raises:
         ValueError: when shapes or dtypes differ, they are no floating-point numbers, or a changed entry is not finite.
@@ -69,33 +149,10 @@ def sparsity(before: Tensor, after: Tensor) -> Sparsity:
         raise ValueError(
             f"{before.dtype} {tuple(before.shape)} and {after.dtype} {tuple(after.shape)} cannot be compared entry by entry"
         )
-    before_N, after_N = before.detach().flatten(), after.detach().flatten()
-    numel, num_changed, relative, squared = before_N.numel(), 0, 0, 0.0
-    beyond = dict.fromkeys(TOLERANCES, 0)
-    for low in range(0, numel, CHUNK):
-        old, new = before_N[low : low + CHUNK], after_N[low : low + CHUNK]
-        # numpy's flatnonzero, as torch's takes twice to nine times as long.
-        changed = torch.from_numpy(np.flatnonzero((bits(old) != bits(new)).numpy()))
-        old, new = old[changed], new[changed]
-        difference = (new - old).abs()
-        if not difference.isfinite().all():
-            raise ValueError("an entry changed to or from a value that is not finite, or by more than the dtype holds")
-        num_changed += len(old)
-        for tolerance in TOLERANCES:
-            beyond[tolerance] += int((difference > torch.tensor(tolerance, dtype=old.dtype)).sum())
-        old, new = old.double(), new.double()
-        exact = (new - old).abs()
-        relative += int((exact > RELATIVE * torch.maximum(new.abs(), old.abs())).sum())
-        squared += float(exact.square().sum())
-    rms = math.sqrt(squared / numel) if numel else 0.0
-    return Sparsity(
-        numel=numel,
-        bit_equal=numel - num_changed,
-        within={tolerance: numel - count for tolerance, count in beyond.items()},
-        within_relative=numel - relative,
-        squared_update=squared,
-        predicted=numel * absorption_null(before_N, rms),
-    )
+    counts = UpdateCounts(torch.Size((before.numel(),)))
+    for old_N, new_N in zip(in_pieces(before), in_pieces(after), strict=True):
+        counts.add(old_N, new_N)
+    return counts.sparsity()
 
 
 def pooled(parts: Iterable[Sparsity]) -> Sparsity:
@@ -117,15 +174,12 @@ def absorption_null(before_N: Tensor, rms_update: float) -> float:
     mean erf(ulp(w) / (2 sqrt(2) rms)): a step is absorbed while it is below half the spacing at w. No more than update size
     and spacing go into it, so what an observed share has beyond it is what the update itself owes to sparsity.
     """
-    if not before_N.numel() or rms_update == 0.0:
-        return 1.0
-    sample = bits(before_N)[:: max(1, before_N.numel() // NULL_SAMPLE)]
     # Spacing is the exponent's alone, and there are few of them.
     num_fraction_bits = round(-math.log2(torch.finfo(before_N.dtype).eps))
-    num_exponents = 1 << (8 * sample.element_size() - 1 - num_fraction_bits)
-    powers = (torch.arange(num_exponents) << num_fraction_bits).to(sample.dtype).view(before_N.dtype)
+    num_exponents = 1 << (8 * before_N.element_size() - 1 - num_fraction_bits)
+    powers = (torch.arange(num_exponents) << num_fraction_bits).to(bits(before_N).dtype).view(before_N.dtype)
     absorbed = torch.erf(spacing(powers) / (2 * math.sqrt(2) * rms_update))
-    return float(absorbed[(sample >> num_fraction_bits).long() & (num_exponents - 1)].mean())
+    return float(absorbed[(bits(before_N) >> num_fraction_bits).long() & (num_exponents - 1)].mean())
 
 
 def spacing(values: Tensor) -> Tensor:
@@ -137,22 +191,9 @@ def spacing(values: Tensor) -> Tensor:
     return torch.where(values == 0, smallest, steps)
 
 
-def changed_rows_and_columns(before_MK: Tensor, after_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether any entry of each row [M] and of each column [K] changed; of a matrix with entries, some rows at a time."""
-    num_rows, num_columns = before_MK.shape
-    rows_M, columns_K = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(num_columns, dtype=torch.bool)
-    step = max(1, CHUNK // num_columns)
-    for low in range(0, num_rows, step):
-        rows = slice(low, low + step)
-        # Of bytes, the largest takes a twentieth of the time of `any`.
-        changed = (bits(before_MK[rows]) != bits(after_MK[rows])).view(torch.uint8)
-        rows_M[rows] = changed.amax(1).bool()
-        columns_K |= changed.amax(0).bool()
-    return rows_M, columns_K
-
-
-def changed_grid(before_MK: Tensor, after_MK: Tensor, *, size: int = 96) -> Tensor:
+def changed_grid(changed_MK: Tensor, *, size: int = 96) -> Tensor:
     """A picture of which entries changed: their share in each cell of a grid of at most `size` by `size`, row by row."""
-    changed_MK = (bits(before_MK) != bits(after_MK)).float()
-    cells = (min(size, changed_MK.shape[0]), min(size, changed_MK.shape[1]))
-    return torch.nn.functional.adaptive_avg_pool2d(changed_MK[None], cells)[0]
+    num_rows, num_columns = changed_MK.shape
+    down, across = min(size, num_rows), min(size, num_columns)
+    edges = [(num_rows * row // down, -(-num_rows * (row + 1) // down)) for row in range(down)]
+    return torch.cat([adaptive_avg_pool2d(changed_MK[None, low:high].float(), (1, across))[0] for low, high in edges])

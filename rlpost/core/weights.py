@@ -34,6 +34,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and recipes have it: bfloat16 of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def checksum(tensor: Tensor) -> str:
     """xxh3-128 of the tensor's bytes in row-major order, after dtype and shape, so that a reshape is not the same."""
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlpost.core.weights import adapter_names, bits
+from rlpost.core.sparsity import CHUNK
+from rlpost.core.weights import adapter_names, bits, dtype_name
 
 ADAPTER_DIRECTORY = "adapter"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -147,6 +148,12 @@ class StoredTensors:
         with safe_open(self._places[name].file, "pt") as tensors:
             return tensors.get_tensor(name)
 
+    def pieces(self, name: str, numel: int) -> Iterator[Tensor]:
+        """Its first `numel` entries, as `core.sparsity.in_pieces` has them; each is mapped anew, so that no more of the file than
+        one stays in memory."""
+        for low in range(0, numel, CHUNK):
+            yield self.tensor(name).view(-1)[low : min(low + CHUNK, numel)]
+
     def shape(self, name: str) -> torch.Size:
         return self._places[name].shape
 
@@ -257,7 +264,7 @@ def save_pretrained(
     for file in other_files(source):
         shutil.copy(file, partial / file.name)
     write_tensors(tensors, partial / "model.safetensors")
-    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
+    dtypes = {dtype_name(t.dtype) for t in tensors.values()}
     config = json.loads((partial / "config.json").read_text())
     if len(dtypes) == 1:
         config["dtype"] = dtypes.pop()

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from rlpost.core.sparsity import (
     TOLERANCES,
+    UpdateCounts,
     absorption_null,
     changed_grid,
-    changed_rows_and_columns,
+    in_pieces,
     pooled,
     spacing,
     sparsity,
 )
+from rlpost.core.weights import bits
 
 
 def paper_sparsity(before: Tensor, after: Tensor, tolerance: float) -> float:
@@ -119,16 +121,31 @@ def test_the_prediction_is_the_mean_over_every_entrys_spacing(dtype: torch.dtype
     assert absorption_null(values, 1e-4) == pytest.approx(float(expected), rel=1e-14)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 9, 1 << 22])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 9, 1 << 22])
 def test_rows_and_columns_that_changed(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """However many rows are looked at together."""
+    """However many entries are looked at together."""
     monkeypatch.setattr("rlpost.core.sparsity.CHUNK", chunk)
     before = torch.zeros(3, 4)
     after = before.clone()
     after[1, :2] = 1.0
-    rows, columns = changed_rows_and_columns(before, after)
-    assert rows.tolist() == [False, True, False]
-    assert columns.tolist() == [True, True, False, False]
+    counts = UpdateCounts(before.shape)
+    for old_N, new_N in zip(in_pieces(before), in_pieces(after), strict=True):
+        counts.add(old_N, new_N)
+    assert counts.rows_M.tolist() == [False, True, False]
+    assert counts.columns_K.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_the_null_is_averaged_over_evenly_spaced_entries(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Of 1000 entries every second, whatever the pieces: those are 1 and move by a bfloat16 step; no such step moves 1024."""
+    monkeypatch.setattr("rlpost.core.sparsity.CHUNK", chunk)
+    monkeypatch.setattr("rlpost.core.sparsity.NULL_SAMPLE", 500)
+    before = torch.tensor([1.0, 1024.0]).bfloat16().repeat(500)
+    after = before.clone()
+    after[::2] = 1 + 2.0**-7
+    expected = absorption_null(torch.ones(500).bfloat16(), 2.0**-7 * 0.5**0.5)
+    assert 0.5 < expected < 0.55  # erf(1 / 2)
+    assert sparsity(before, after).predicted == pytest.approx(1000 * expected, rel=1e-12)
 
 
 def test_a_grid_has_the_share_of_changed_entries_in_each_of_its_cells() -> None:
@@ -138,13 +155,15 @@ def test_a_grid_has_the_share_of_changed_entries_in_each_of_its_cells() -> None:
     after = torch.zeros(4, 6)
     after[1, 2] = 1.0
     after[2:, 3:] = 1.0
-    torch.testing.assert_close(changed_grid(before, after, size=2), torch.tensor([[2 / 6, 0.0], [0.0, 1.0]]))
+    torch.testing.assert_close(
+        changed_grid(bits(before) != bits(after), size=2), torch.tensor([[2 / 6, 0.0], [0.0, 1.0]])
+    )
 
 
 def test_a_matrix_smaller_than_the_grid_is_its_own_picture() -> None:
     before, after = torch.zeros(3, 200), torch.zeros(3, 200)
     after[1, :100] = 1.0
-    grid = changed_grid(before, after, size=100)
+    grid = changed_grid(before != after, size=100)
     assert grid.shape == (3, 100), "no row is drawn twice"
     torch.testing.assert_close(grid[1], torch.cat([torch.ones(50), torch.zeros(50)]))
     assert not grid[[0, 2]].any()

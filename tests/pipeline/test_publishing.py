@@ -219,13 +219,23 @@ def test_an_archive_holds_every_version_whatever_is_published(make_run: MakeRun,
 
 
 @pytest.mark.parametrize(
-    ("budget", "adapter"),
-    [(1e9, {}), (0.0, {}), (1e9, {"lora": LoraSpec(rank=4, alpha=8.0, targets=("q_proj",)), "serve_adapter": True})],
+    ("budget", "dtype", "adapter"),
+    [
+        (1e9, None, {}),
+        (1e9, torch.bfloat16, {}),
+        (0.0, None, {}),
+        (1e9, None, {"lora": LoraSpec(rank=4, alpha=8.0, targets=("q_proj",)), "serve_adapter": True}),
+    ],
 )
 def test_an_observer_measures_what_was_published_and_changes_nothing(
-    make_run: MakeRun, tiny_model: Path, tmp_path: Path, budget: float, adapter: dict[str, Any]
+    make_run: MakeRun,
+    tiny_model: Path,
+    tmp_path: Path,
+    budget: float,
+    dtype: torch.dtype | None,
+    adapter: dict[str, Any],
 ) -> None:
-    """Its figures are those of the versions in the archive; without a budget it takes the end of the stage alone. Of an adapter
+    """Its figures are those of the versions in the archive, rounded as they are; without a budget it takes the end of the stage alone. Of an adapter
     beside its base they are of the weights that the two make."""
     stage = make_stage(staleness=0, steps=5)
     alone = make_run([stage], **adapter).start()
@@ -234,7 +244,13 @@ def test_an_observer_measures_what_was_published_and_changes_nothing(
     rows: list[Any] = []
     observed = ObservedStage(name="rl", first=0, last=5, start=tiny_model)
     observer = VersionObserver(
-        [observed], run_dir, lambda _, row: rows.append(row), lambda *_: None, spectra_every=9, budget=budget
+        [observed],
+        run_dir,
+        lambda _, row: rows.append(row),
+        lambda *_: None,
+        spectra_every=9,
+        dtype=dtype,
+        budget=budget,
     )
     run = make_run([stage], archive=VersionArchive(run_dir / VERSIONS), observer=observer, **adapter).start()
     observer.close(60)
@@ -246,11 +262,12 @@ def test_an_observer_measures_what_was_published_and_changes_nothing(
         moved = {name for name, weight in figures[5]["weights"].items() if weight["unchanged_since_start"] < 1}
         assert moved == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
     for version, row in figures.items():
-        (update,) = analyze(str(tiny_model), [f"{run_dir}@{version}"], dtype=torch.float32).updates
+        (update,) = analyze(str(tiny_model), [f"{run_dir}@{version}"], dtype=dtype or torch.float32).updates
         assert row["unchanged_since_start"] == pytest.approx(pooled(r.sparsity for r in update.rows).unchanged)
-        assert row["weights"].keys() == {r.name for r in update.rows}
+        of_weight = {name: weight["unchanged_since_start"] for name, weight in row["weights"].items()}
+        assert of_weight == {r.name: pytest.approx(r.sparsity.unchanged) for r in update.rows}
         if "unchanged" in row:
-            (step,) = analyze(f"{run_dir}@{version - 1}", [f"{run_dir}@{version}"]).updates
+            (step,) = analyze(f"{run_dir}@{version - 1}", [f"{run_dir}@{version}"], dtype=dtype).updates
             assert row["unchanged"] == pytest.approx(pooled(r.sparsity for r in step.rows).unchanged)
     assert (run_dir / "analysis" / "rl.html").exists()
 
