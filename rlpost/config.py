@@ -645,6 +645,8 @@ class StageConfig(Table):
     """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
     keep: KeepConfig | None = None
     """None: all problems of the data."""
+    retire_above: Share | None = None
+    """At the end of an epoch, prompts leave whose group judged last is right in a share above this. See docs/curriculum.md."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
 
@@ -675,6 +677,15 @@ class StageConfig(Table):
             raise ValueError(
                 f"stage {self.name!r}: reward.overlong.buffer_tokens = {overlong.buffer_tokens} is more than"
                 f" max_response_tokens = {self.max_response_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retires_what_it_samples(self) -> StageConfig:
+        if self.retire_above is not None and not isinstance(self.algo, Sampled):
+            raise ValueError(
+                f"stage {self.name!r} learns from given responses, which do not say what the policy solves: leave"
+                " retire_above out"
             )
         return self
 

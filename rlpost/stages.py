@@ -210,7 +210,9 @@ def _num_steps(config: StageConfig, num_prompts: int) -> int:
 
 def _source(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) -> PromptSource:
     sources = [
-        ShuffledPrompts(found, seed=derive_seed(recipe.seed, "order", config.name, name))
+        ShuffledPrompts(
+            found, seed=derive_seed(recipe.seed, "order", config.name, name), retire_above=config.retire_above
+        )
         for name, found in prompts.items()
     ]
     return MixedPrompts(sources, list(config.shares.values())) if len(sources) > 1 else sources[0]

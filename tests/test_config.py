@@ -79,6 +79,7 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         ("stage.rl.data=cod", r"'rl' uses data = 'cod', but \[data\] has \['math'\]"),
         ("stage.rl.data={math=1, code=1}", r"'rl' uses data = 'code', but"),
         ("stage.rl.data={math=0}", r"data.*math: .*greater than 0"),
+        ("stage.warm.retire_above=0.9", r"'warm' learns from given responses, .* leave retire_above out"),
         ("stage.rl.name=warm", r"names must differ"),
         ("learner.zero_stage=0", r"learner.zero_stage.*1, 2 or 3"),
         ("data.math.task=code", r'task = "code" needs tests'),
