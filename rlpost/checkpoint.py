@@ -150,6 +150,7 @@ def latest_checkpoint(run_dir: Path, on_broken: Callable[[Path, list[str]], None
                 step=position["step"],
                 next_ordinals=tuple(position["next_ordinals"]),
                 pending=tuple(tuple(ordinals) for ordinals in position["pending"]),
+                sources=tuple(position["sources"]),
             ),
             fingerprints=tuple(state["fingerprints"]),
         )

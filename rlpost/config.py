@@ -634,7 +634,9 @@ class StageConfig(Table):
     data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """A key of [data], or several, each with its weight among the prompts: { math = 0.7, code = 0.3 }."""
     algo: Algo
-    steps: Positive
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """In place of steps: as many as take every prompt that often."""
     prompts_per_step: Positive
     max_response_tokens: Positive
     lr: Annotated[float, Field(gt=0)]
@@ -645,6 +647,8 @@ class StageConfig(Table):
     """None: 1 for a right response, 0 for any other. Evaluation always counts right responses."""
     keep: KeepConfig | None = None
     """None: all problems of the data."""
+    retire_above: Share | None = None
+    """At the end of an epoch, prompts leave whose group judged last is right in a share above this. See docs/curriculum.md."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
 
@@ -653,6 +657,16 @@ class StageConfig(Table):
         """Of the prompts, by key of [data]."""
         weights = {self.data: 1.0} if isinstance(self.data, str) else self.data
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> StageConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"stage {self.name!r}: give either steps or epochs")
+        if self.epochs is not None and len(self.shares) > 1:
+            raise ValueError(
+                f"stage {self.name!r}: epochs of {', '.join(self.shares)} end at different steps: give steps instead"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reward_fits(self) -> StageConfig:
@@ -669,14 +683,20 @@ class StageConfig(Table):
         return self
 
     @model_validator(mode="after")
+    def _retires_what_it_samples(self) -> StageConfig:
+        if self.retire_above is not None and not isinstance(self.algo, Sampled):
+            raise ValueError(
+                f"stage {self.name!r} learns from given responses, which do not say what the policy solves: leave"
+                " retire_above out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _critic_fits(self) -> StageConfig:
         if not isinstance(self.algo, PPO):
             return self
-        if self.algo.critic.warmup_steps >= self.steps:
-            raise ValueError(
-                f"stage {self.name!r}: critic.warmup_steps = {self.algo.critic.warmup_steps} leaves the policy none of"
-                f" {self.steps} steps, and the critic ends with the stage: use fewer warmup_steps or more steps"
-            )
+        if self.steps is not None:
+            check_warmup(self, self.steps)
         if self.algo.truncated == "bootstrap" and self.reward and (self.reward.overlong or self.reward.cosine_length):
             raise ValueError(
                 f'stage {self.name!r}: truncated = "bootstrap" puts a value in place of the reward of a cut response, and with'
@@ -684,6 +704,15 @@ class StageConfig(Table):
                 " them"
             )
         return self
+
+
+def check_warmup(stage: StageConfig, steps: int) -> None:
+    """Raises ValueError when a critic's warm-up leaves the policy none of the stage's steps."""
+    if isinstance(stage.algo, PPO) and stage.algo.critic.warmup_steps >= steps:
+        raise ValueError(
+            f"stage {stage.name!r}: critic.warmup_steps = {stage.algo.critic.warmup_steps} leaves the policy none of"
+            f" {steps} steps, and the critic ends with the stage: use fewer warmup_steps or more steps"
+        )
 
 
 class EvalConfig(Table):

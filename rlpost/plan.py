@@ -207,11 +207,13 @@ def _stage_plan(stage: StageConfig) -> Text:
         settings += "".join(
             f", keep.{name} {value}" for name, value in stage.keep.model_dump(exclude_none=True).items()
         )
+    if stage.retire_above is not None:
+        settings += f", retire_above {stage.retire_above:g}"
+    length = f"{stage.steps} steps" if stage.epochs is None else f"{stage.epochs:g} epochs in steps"
     shares = stage.shares
     data = ", ".join(f"{share:.0%} {name}" if len(shares) > 1 else name for name, share in shares.items())
     return Text(
-        f"stage {stage.name}: {algo.name} on {data}, {stage.steps} steps of {rollouts}{alive}, lr {schedule}\n"
-        f"    {settings}"
+        f"stage {stage.name}: {algo.name} on {data}, {length} of {rollouts}{alive}, lr {schedule}\n    {settings}"
     )
 
 

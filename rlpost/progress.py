@@ -22,6 +22,7 @@ EVENT_LINES = {
     "stage_start": ("stage {stage} starts at version {step}", "bold cyan"),
     "stage_end": ("stage {stage} ends at version {step}", "bold cyan"),
     "subnetwork": ("stage {stage} trains {density:.2%} of the entries", ""),
+    "prompts_retired": ("stage {stage}: {left} prompts have become easy and leave, {remain} remain", ""),
     "sampler_lost": ("{worker} was lost during {phase}: {detail}", "bold red"),
     "sampler_restarted": ("{worker} is back with version {version}", "green"),
     "update_refused": ("{worker} refused version {version}: {detail}", "bold yellow"),

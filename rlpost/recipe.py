@@ -55,6 +55,9 @@ def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reci
 def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
     """The stage over the defaults; `algo` merges key by key unless the stage names another algorithm."""
     merged = {**defaults, **stage}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in stage and other not in stage:
+            merged.pop(other, None)
     default_algo, algo = defaults.get("algo"), stage.get("algo")
     if isinstance(default_algo, dict) and isinstance(algo, dict):
         name = default_algo.get("name")

@@ -232,7 +232,7 @@ async def _until_interrupted(
     try:
         await run
     except asyncio.CancelledError:
-        position = controller.buffer.position()
+        position = controller.position()
         unsaved = position.step > first_step and position.step != checkpoints.last_step
         # A second signal may have cut a step in two: weights and position need not agree any more.
         if unsaved and num_signals == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rlpost.config import (
     Sampled,
     StageConfig,
     SubnetworkConfig,
+    check_warmup,
 )
 from rlpost.core.critic import Critic
 from rlpost.core.kto import KTO
@@ -145,8 +147,12 @@ def _load(recipe: Recipe, name: str, tokenizer: TokenizerLike) -> Prompts:
         # Only what this run can use is drawn: held-out sets are small, and training reads each ordinal once per epoch.
         seed = HELDOUT_SEED if config.split == "heldout" else derive_seed(recipe.seed, "data", name)
         evals = [item.num_prompts for item in recipe.eval if item.data == name]
-        stages = [stage.steps * stage.prompts_per_step for stage in recipe.stage if name in stage.shares]
-        prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *(2 * n for n in stages)]))
+        stages = [
+            config.num_prompts if stage.steps is None else 2 * stage.steps * stage.prompts_per_step
+            for stage in recipe.stage
+            if name in stage.shares
+        ]
+        prompts = load_generated(config, tokenizer, seed=seed, limit=max([*evals, *stages]))
         check_golds(Prompts.listed(prompts[:NUM_CHECKED_GENERATED]), max_rejected=0.0, verifier=recipe.verifier)
         return Prompts.listed(prompts)
     prompts = load_dataset_prompts(config, tokenizer)
@@ -164,7 +170,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
     return Stage(
         name=config.name,
         plan=StagePlan(
-            num_steps=config.steps,
+            num_steps=_num_steps(config, sum(map(len, prompts.values()))),
             groups_per_step=config.prompts_per_step,
             max_staleness=algo.max_staleness if sampled else None,
         ),
@@ -190,9 +196,23 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
     )
 
 
+def _num_steps(config: StageConfig, num_prompts: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    steps = math.ceil(config.epochs * num_prompts / config.prompts_per_step)
+    try:
+        check_warmup(config, steps)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return steps
+
+
 def _source(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) -> PromptSource:
     sources = [
-        ShuffledPrompts(found, seed=derive_seed(recipe.seed, "order", config.name, name))
+        ShuffledPrompts(
+            found, seed=derive_seed(recipe.seed, "order", config.name, name), retire_above=config.retire_above
+        )
         for name, found in prompts.items()
     ]
     return MixedPrompts(sources, list(config.shares.values())) if len(sources) > 1 else sources[0]

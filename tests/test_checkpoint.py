@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 from rlpost.checkpoint import RunCheckpoints, broken_files, latest_checkpoint
 from rlpost.pipeline.buffer import Position
 
-POSITION = Position(step=8, next_ordinals=(24, 3), pending=((), (1, 2)))
+POSITION = Position(
+    step=8,
+    next_ordinals=(24, 3),
+    pending=((), (1, 2)),
+    sources=({"starts": [0, 5], "left": [[], [3]], "easy": [1]}, [{"starts": [0], "left": [[]], "easy": []}]),
+)
 
 
 class FileLearner:
@@ -33,8 +39,7 @@ def checkpoints(run_dir: Path, **settings: Any) -> RunCheckpoints:
 
 
 def write(run_dir: Path, step: int, learner: Any = None, **settings: Any) -> None:
-    position = Position(step=step, next_ordinals=POSITION.next_ordinals, pending=POSITION.pending)
-    asyncio.run(checkpoints(run_dir, **settings).write(position, learner or FileLearner()))
+    asyncio.run(checkpoints(run_dir, **settings).write(replace(POSITION, step=step), learner or FileLearner()))
 
 
 def no_report(path: Path, files: list[str]) -> None:

@@ -58,6 +58,15 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
     assert isinstance(rl.algo, GRPO) and rl.algo.group_size == 16 and rl.algo.max_staleness == 2 and rl.lr == 1e-4
 
 
+def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
+    recipe = build_recipe(TREE, ["stage.rl.epochs=0.5"])
+    assert recipe.stage[1].steps is None and "rl: grpo on math, 0.5 epochs in steps of 4 prompts" in rendered(recipe)
+    with pytest.raises(RecipeError, match="'rl': give either steps or epochs"):
+        build_recipe(TREE, ["stage.rl.epochs=1", "stage.rl.steps=1"])
+    with pytest.raises(RecipeError, match="epochs of math, code end at different steps: give steps"):
+        build_recipe(TREE, ["stage.rl.epochs=1", "stage.rl.data={math=1, code=1}"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -70,6 +79,7 @@ def test_a_stage_inherits_what_it_does_not_set_and_another_algorithm_inherits_no
         ("stage.rl.data=cod", r"'rl' uses data = 'cod', but \[data\] has \['math'\]"),
         ("stage.rl.data={math=1, code=1}", r"'rl' uses data = 'code', but"),
         ("stage.rl.data={math=0}", r"data.*math: .*greater than 0"),
+        ("stage.warm.retire_above=0.9", r"'warm' learns from given responses, .* leave retire_above out"),
         ("stage.rl.name=warm", r"names must differ"),
         ("learner.zero_stage=0", r"learner.zero_stage.*1, 2 or 3"),
         ("data.math.task=code", r'task = "code" needs tests'),

@@ -164,11 +164,13 @@ class Interrupted:
     """A controller whose run ends only when cancelled, at step 7, and its checkpoints; sends signals on cue."""
 
     def __init__(self, *, while_running: int, while_saving: int = 0) -> None:
-        self.buffer = SimpleNamespace(position=lambda: Position(step=7, next_ordinals=(28,), pending=((),)))
         self.workers = SimpleNamespace(learner=None)
         self.last_step: int | None = None
         self.saved: list[int] = []
         self._while_running, self._while_saving = while_running, while_saving
+
+    def position(self) -> Position:
+        return Position(step=7, next_ordinals=(28,), pending=((),))
 
     async def run(self) -> None:
         await self._signal(self._while_running)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -86,20 +88,67 @@ class ShuffledPrompts:
 
     The order of an epoch sorts prompts by 64-bit draws of PCG64([seed, epoch]). NumPy guarantees the stream of a bit
     generator (NEP 19), so the order stays what it is: a run can be resumed under another version of NumPy.
+
+    A prompt whose group judged last was solved in a share above `retire_above` is not in the epochs that begin after that.
+    Which prompts an epoch has is decided when its first one is asked for, and is part of `state`.
     """
 
-    def __init__(self, prompts: Prompts, *, seed: int) -> None:
+    def __init__(self, prompts: Prompts, *, seed: int, retire_above: float | None = None) -> None:
         assert len(prompts)
-        self._prompts, self._seed = prompts, seed
-        self._epoch = -1
-        self._order_P: NDArray[np.intp] = np.empty(0, np.intp)
+        self._prompts, self._seed, self._retire_above = prompts, seed, retire_above
+        self._starts = [0]  # the first ordinal of each epoch that has begun
+        self._left: list[list[int]] = [[]]  # who left when it began
+        self._gone: set[int] = set()  # all of them
+        self._easy: set[int] = set()  # who will leave when the next one begins
+        self._orders: dict[int, NDArray[np.intp]] = {}
+
+    def __len__(self) -> int:
+        """Prompts of the epoch that began last."""
+        return len(self._prompts) - len(self._gone)
 
     def __getitem__(self, ordinal: int) -> Prompt:
-        epoch, place = divmod(ordinal, len(self._prompts))
-        if epoch != self._epoch:
+        """Raises RuntimeError when an epoch would begin without prompts."""
+        while ordinal >= self._starts[-1] + len(self):
+            if len(self._easy) == len(self):
+                raise RuntimeError(
+                    f"the policy solves every prompt that is left in a share above retire_above = {self._retire_above}:"
+                    " the stage has nothing more to teach. Give it fewer steps, more prompts or a higher retire_above"
+                )
+            self._starts.append(self._starts[-1] + len(self))
+            self._left.append(sorted(self._easy))
+            self._gone |= self._easy
+            self._easy = set()
+        return self._prompts[self._index(ordinal)]
+
+    def observe(self, ordinal: int, solved: float) -> None:
+        """The group of `ordinal` has been judged: this share of it is right."""
+        if self._retire_above is None:
+            return
+        index = self._index(ordinal)
+        if solved <= self._retire_above:
+            self._easy.discard(index)
+        elif index not in self._gone:
+            self._easy.add(index)
+
+    @property
+    def state(self) -> Any:
+        """All that the prompt of an ordinal depends on beside seed and data, as plain data."""
+        return {"starts": self._starts.copy(), "left": self._left.copy(), "easy": sorted(self._easy)}
+
+    def restore(self, state: Any) -> None:
+        self._starts, self._left, self._easy = list(state["starts"]), list(state["left"]), set(state["easy"])
+        self._gone, self._orders = set(chain.from_iterable(self._left)), {}
+
+    def _index(self, ordinal: int) -> int:
+        epoch = bisect_right(self._starts, ordinal) - 1
+        if epoch not in self._orders:
             draws_P = np.random.PCG64([self._seed, epoch]).random_raw(len(self._prompts))
-            self._epoch, self._order_P = epoch, np.argsort(draws_P, kind="stable")
-        return self._prompts[int(self._order_P[place])]
+            order_P = np.argsort(draws_P, kind="stable")
+            gone = list(chain.from_iterable(self._left[: epoch + 1]))
+            # Groups of the epoch before may still be under way.
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+            self._orders[epoch] = order_P[~np.isin(order_P, gone)] if gone else order_P
+        return int(self._orders[epoch][ordinal - self._starts[epoch]])
 
     @property
     def fingerprint(self) -> str:
@@ -118,14 +167,33 @@ class MixedPrompts:
         self._next = [0] * len(sources)
         self._places = array("q")  # of each ordinal: its place in its source, times their number, plus which it is
 
+    def __len__(self) -> int:
+        return sum(map(len, self._sources))
+
     def __getitem__(self, ordinal: int) -> Prompt:
+        source, place = self._place(ordinal)
+        return source[place]
+
+    def observe(self, ordinal: int, solved: float) -> None:
+        source, place = self._place(ordinal)
+        source.observe(place, solved)
+
+    @property
+    def state(self) -> Any:
+        return [source.state for source in self._sources]
+
+    def restore(self, state: Any) -> None:
+        for source, its in zip(self._sources, state, strict=True):
+            source.restore(its)
+
+    def _place(self, ordinal: int) -> tuple[ShuffledPrompts, int]:
         while len(self._places) <= ordinal:
             due = [share * (len(self._places) + 1) - num for share, num in zip(self._shares, self._next, strict=True)]
             source = due.index(max(due))
             self._places.append(self._next[source] * len(self._sources) + source)
             self._next[source] += 1
         place, source = divmod(self._places[ordinal], len(self._sources))
-        return self._sources[source][place]
+        return self._sources[source], place
 
     @property
     def fingerprint(self) -> str:

@@ -61,6 +61,8 @@ class Position:
     """Per stage: the first prompt never admitted."""
     pending: tuple[tuple[int, ...], ...] = ()
     """Per stage: admitted prompts neither trained nor dropped yet, in order; a resumed run admits them first."""
+    sources: tuple[Any, ...] = ()
+    """Per stage: the state of its prompts, by which these ordinals are the prompts that they were."""
 
 
 @dataclass(slots=True)

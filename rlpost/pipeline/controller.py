@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,6 +169,9 @@ class Controller:
         self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
         self._archive, self._observer, self._load_from = archive, observer, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
+        if start is not None and start.sources:
+            for stage, state in zip(stages, start.sources, strict=True):
+                stage.prompts.restore(state)
         self._bell = Bell()
         self._read: asyncio.Event | None = None  # set once the latest version's weights are read
         self._publishing: asyncio.Task[None] | None = None
@@ -193,6 +196,10 @@ class Controller:
                 first = first.exceptions[0]
             raise first from None
 
+    def position(self) -> Position:
+        """As of the buffer, with the state of each stage's prompts; call between steps."""
+        return replace(self.buffer.position(), sources=tuple(stage.prompts.state for stage in self.stages))
+
     # -- rollout loop --------------------------------------------------------------------------------------------------
 
     async def _rollout_loop(self) -> None:
@@ -202,7 +209,9 @@ class Controller:
                 await self._bell.wait()
                 continue
             stage = self.stages[ticket.stage]
-            prompt = stage.prompts[ticket.ordinal]
+            num_prompts, prompt = len(stage.prompts), stage.prompts[ticket.ordinal]
+            if num_left := num_prompts - len(stage.prompts):
+                self._event("prompts_retired", stage=stage.name, left=num_left, remain=len(stage.prompts))
             if stage.sampled:
                 self._tasks.create_task(self._run_group(ticket, stage, prompt))
             else:
@@ -239,6 +248,7 @@ class Controller:
         latest = f"{prompt.id}: {broken[0].detail}" if broken else ""
         self._count_failures(len(broken), stage.group_size, latest)
         judgements, summary = tuple(judgements[index] for index in kept_G), summary.only(kept_G)
+        stage.prompts.observe(ticket.ordinal, sum(j.outcome == "correct" for j in judgements) / len(judgements))
         advantages_G = credit(stage.spec.objective, [j.reward for j in judgements], summary.finish_reasons_G)
         if stage.refill and not any(advantages_G):
             self._filter(ticket, stage)
@@ -343,7 +353,7 @@ class Controller:
         """Write one; it vouches for everything before it, so evaluations of earlier versions end first."""
         await asyncio.gather(*self._evals)
         await self._weights_are_read()  # and so finite
-        await self.checkpoints.write(self.buffer.position(), self.workers.learner)
+        await self.checkpoints.write(self.position(), self.workers.learner)
 
     async def _begin(self, stage_index: int) -> None:
         stage = self.stages[stage_index]

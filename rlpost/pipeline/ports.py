@@ -202,6 +202,21 @@ class PromptSource(Protocol):
 
     def __getitem__(self, ordinal: int) -> Prompt: ...
 
+    def __len__(self) -> int:
+        """Prompts of the epoch that began last."""
+        ...
+
+    def observe(self, ordinal: int, solved: float) -> None:
+        """The group of `ordinal` has been judged: this share of it is right. Epochs that begin later may differ."""
+        ...
+
+    @property
+    def state(self) -> Any:
+        """What the prompts of ordinals given out depend on beside data and seed, as plain data; `restore` takes it."""
+        ...
+
+    def restore(self, state: Any) -> None: ...
+
     @property
     def fingerprint(self) -> str:
         """Changes when the data or its order changes; a resume on different data is refused."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
 from rlpost.data.sources import load_dataset_prompts
@@ -74,3 +76,41 @@ def test_a_mix_holds_its_shares_in_every_beginning_and_each_source_in_its_own_or
     assert mixed()[133].id == ids[133], "whatever was asked for before"
     other = MixedPrompts([shuffled(PROMPTS), shuffled(LETTERS)], [0.6, 0.4])
     assert mixed().fingerprint == mixed().fingerprint != other.fingerprint
+
+
+def retiring() -> ShuffledPrompts:
+    return ShuffledPrompts(Prompts.listed(PROMPTS), seed=3, retire_above=0.75)
+
+
+def test_who_has_become_easy_leaves_when_the_next_epoch_begins() -> None:
+    """Epoch 0 is 0 4 1 3 2; then 4 and 2 are too easy, 1 is at the limit, and 0 is so only until it is judged again."""
+    source, plain = retiring(), shuffled()
+    assert source[3].id == "3"
+    source.observe(1, 0.76)
+    source.observe(2, 0.75)
+    source.observe(0, 1.0)
+    source.observe(0, 0.5)
+    source.observe(4, 1.0)
+    assert len(source) == 5 and [source[i].id for i in range(5)] == list("04132"), "the epoch under way stays as it is"
+    rest = [source[i].id for i in range(5, 8)]
+    assert rest == [p.id for p in map(plain.__getitem__, range(5, 10)) if p.id in "013"] and len(source) == 3
+    source.observe(5 + rest.index("1"), 1.0)
+    assert sorted(source[i].id for i in (8, 9)) == ["0", "3"] and source[3].id == "3" and source[11].id in "03"
+    source.observe(10, 1.0)
+    source.observe(4, 1.0)  # late, and gone already: one of two leaves
+    assert source[12].id == source[11].id and len(source) == 1
+    source.observe(12, 1.0)
+    with pytest.raises(RuntimeError, match=r"every prompt that is left .* retire_above = 0.75"):
+        source[13]
+
+
+def test_a_source_that_is_restored_goes_on_as_the_one_that_was_saved() -> None:
+    """Also for ordinals of the epoch before, and with what had become easy of the epoch under way."""
+    whole = MixedPrompts([retiring(), retiring()], [0.5, 0.5])
+    whole.observe(2, 1.0)
+    assert whole[13].id and whole[10].id and len(whole) == 9
+    whole.observe(11, 1.0)
+    state = json.loads(json.dumps(whole.state))
+    resumed = MixedPrompts([retiring(), retiring()], [0.5, 0.5])
+    resumed.restore(state)
+    assert [resumed[i].id for i in range(30)] == [whole[i].id for i in range(30)] and len(resumed) == len(whole) == 8

@@ -20,10 +20,12 @@ from rlpost.core.patch import diff
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import RandomEntries
 from rlpost.core.weights import checksum, unchanged_fraction
+from rlpost.data.prompts import Prompts, ShuffledPrompts
 from rlpost.engines.base import RolloutRequest
 from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.pipeline.buffer import Position
+from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
@@ -255,6 +257,32 @@ def test_an_asynchronous_resume_trains_the_prompts_the_whole_run_trains(make_run
         return sorted(row["prompt_id"] for row in run.tracker.of("rollout") if row["step"] > after)
 
     assert trained(resumed, 2) == trained(whole, 2)
+
+
+def test_prompts_that_have_become_easy_are_not_asked_again_resumed_or_not(make_run: MakeRun) -> None:
+    """Twelve prompts, three a step; the first six are always solved. Where those groups are replaced, each is drawn once."""
+
+    def judge(group: RolloutGroup, rollout: Any) -> Judgement:
+        easy = int(group.prompt.id.removeprefix("prompt-")) < 6
+        right = easy or rollout is not group.rollouts[0]
+        return Judgement(reward=float(right), outcome="correct" if right else "wrong")
+
+    def stage(**settings: Any) -> Stage:
+        source = ShuffledPrompts(Prompts.listed(PROMPTS), seed=0, retire_above=0.99)
+        return dataclasses.replace(make_stage(staleness=0, steps=8, group_size=6, **settings), prompts=source)
+
+    def trained(run: Run, after: int) -> list[str]:
+        return [row["prompt_id"] for row in run.tracker.of("rollout") if row["step"] > after]
+
+    whole = make_run([stage()], judge=judge, checkpoint_every=1, log_groups=3).start()
+    assert [(event["left"], event["remain"]) for event in whole.tracker.events("prompts_retired")] == [(6, 6)]
+    assert len(set(trained(whole, 0))) == 12 and set(trained(whole, 4)) == {f"prompt-{i}" for i in range(6, 12)}
+    middle, saved = whole.checkpoints.written[4], whole.checkpoints.path(5)
+    resumed = make_run([stage()], judge=judge, start=middle, load_from=saved, log_groups=3).start()
+    assert trained(resumed, 5) == trained(whole, 5) and resumed.digest == whole.digest
+
+    replaced = make_run([stage(refill=True)], judge=judge).start()
+    assert replaced.controller.buffer.counts["filtered"] < 12, "in four epochs of twelve there would be 24"
 
 
 def test_groups_reach_the_learner_before_their_batch_is_complete(make_run: MakeRun) -> None:
