@@ -76,7 +76,7 @@ class _Run:
 def learned(study: Study, arm: str) -> Learned:
     planned = study.of_arm(arm)
     runs = [
-        _read(list(read_rows(run.directory / FILES["metrics"])), list(read_rows(run.directory / FILES["eval"])))
+        _read(list(read_rows(run.directory / FILES["step"])), list(read_rows(run.directory / FILES["eval"])))
         for run in planned
     ]
     sets = dict.fromkeys(row["eval"] for row in runs[0].evals)
@@ -121,11 +121,11 @@ def _reached(run: _Run, goal: GoalConfig) -> float | None:
 
 
 def _eval_curve(runs: Sequence[_Run], name: str) -> Iterator[Point]:
-    """Evaluations in order; seeds make them at the same steps, after different numbers of tokens."""
-    rows = [[row for row in run.evals if row["eval"] == name] for run in runs]
-    for of_seeds in zip(*rows, strict=False):
-        tokens = [run.tokens_at(row["step"]) for run, row in zip(runs, of_seeds, strict=True)]
-        yield Point(statistics.fmean(tokens), Over(tuple(row["accuracy"] for row in of_seeds)))
+    """At the steps that were evaluated with every seed, which have trained on different numbers of tokens by then."""
+    accuracy = [{row["step"]: row["accuracy"] for row in run.evals if row["eval"] == name} for run in runs]
+    for step in sorted(set.intersection(*map(set, accuracy))):
+        at = statistics.fmean(run.tokens_at(step) for run in runs)
+        yield Point(at, Over(tuple(of_seed[step] for of_seed in accuracy)))
 
 
 def _step_curve(runs: Sequence[_Run], key: str) -> Iterator[Point]:

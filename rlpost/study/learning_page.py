@@ -33,7 +33,7 @@ PANELS: Mapping[str, tuple[str, float]] = dict(
 def render(results: Sequence[Learned], goal: GoalConfig | None) -> Group:
     """For a terminal of 80 columns, a line per arm: means over seeds and, where there are several, standard deviations."""
     sets = list(results[0].accuracy)
-    to_goal = [] if goal is None else [goal_text(goal)]
+    to_goal = [] if goal is None else ["to the goal"]
     accuracy = new_table("accuracy after, %", sets)
     cost = new_table(None, ["k tokens", *to_goal, "no signal, %", "entropy"])
     for result in results:
@@ -42,7 +42,10 @@ def render(results: Sequence[Learned], goal: GoalConfig | None) -> Group:
         cost.add_row(
             result.name, thousands(result.tokens.mean), *reached, over_text(result.without_signal), nats(result)
         )
-    return Group(accuracy, "", cost)
+    told = (
+        [] if goal is None else [f"the goal: {goal.eval} {100 * goal.accuracy:g} %; thousands of response tokens to it"]
+    )
+    return Group(accuracy, "", cost, *told)
 
 
 def goal_text(goal: GoalConfig) -> str:
@@ -84,8 +87,8 @@ def write_page(path: Path, name: str, results: Sequence[Learned], *, goal: GoalC
 def figures(results: Sequence[Learned], goal: GoalConfig | None) -> dict[str, Figure]:
     """In the order of the page."""
     with style():
-        drawn = before_and_after({result.name: result.accuracy for result in results})
-        return drawn | {"accuracy": _accuracy(results, goal), "steps": _steps(results)}
+        curves = {"accuracy": _accuracy(results, goal), "steps": _steps(results)}
+        return curves | before_and_after({result.name: result.accuracy for result in results})
 
 
 def _accuracy(results: Sequence[Learned], goal: GoalConfig | None) -> Figure:

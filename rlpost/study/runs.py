@@ -65,7 +65,6 @@ def _make(study: Study, run: PlannedRun) -> None:
 def _draw(study: Study, samples: PlannedSamples) -> None:
     """Also where they are there already: it is `rlpost eval` that knows, and it draws none twice."""
     command = [sys.executable, "-m", "rlpost.cli", "eval", str(study.recipe), str(study.start.model)]
-    samples.directory.parent.mkdir(exist_ok=True)
     _call([*command, *samples.overrides, "-o", str(samples.directory)], f"samples, seed {samples.seed}")
 
 
