@@ -133,8 +133,8 @@ def _arithmetic(rng: random.Random) -> _Draft:
 def _chains(rng: random.Random) -> _Draft:
     """7+5+9+4+8 is worked as "12+9+4+8", "21+4+8", "25+8", 33, or in steps of two as "21+4+8", 33.
 
-    Either way is right, and half of the demonstrations take each, so that a policy finetuned on them has responses of 29 to 68
-    tokens and of 15 to 35 for the same problems. The slip forgets a carry in one step, and all lines after it are 10 too low.
+    Either way is right, and half of the demonstrations take each, so that a policy finetuned on them has responses of 22 to 66
+    tokens and of 10 to 33 for the same problems. The slip forgets a carry in one step, and all lines after it are 10 too low.
     """
     numbers = [rng.randint(2, 9) for _ in range(rng.randint(5, 8))]
     pace = rng.choice((1, 2))
