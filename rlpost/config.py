@@ -66,7 +66,7 @@ class GeneratedData(Table):
 
     source: Literal["generated"]
     families: tuple[str, ...]
-    """Mixed evenly: "arithmetic" (math), "functions" (code)."""
+    """Mixed evenly: "arithmetic", "chains" (math), "functions" (code)."""
     split: Literal["train", "heldout"] = "train"
     num_prompts: Positive = 20_000
     """Distinct draws; ordinals beyond it start the next, reshuffled epoch."""
@@ -148,10 +148,19 @@ DataConfig = Annotated[GeneratedData | DatasetData | PairData, Field(discriminat
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
+def _whole_or_shared(gpus: float) -> float:
+    if gpus not in (0, 0.5, 1):
+        raise ValueError("a process takes 0 (the CPU), 1, or 0.5: a GPU that it shares with one other")
+    return gpus
+
+
+GpuShare = Annotated[float, AfterValidator(_whole_or_shared)]
+
+
 class SamplerConfig(Table):
     workers: Positive = 1
-    gpus: Literal[0, 1] = 0
-    """GPUs per sampler; 0 runs vLLM on the CPU."""
+    gpus: GpuShare = 0
+    """GPUs per sampler; 0 runs vLLM on the CPU, 0.5 beside another worker on one GPU, with the kv_cache_mib that is asked for."""
     threads: Positive = 1
     """CPU threads per sampler."""
     dtype: Dtype = "bfloat16"
@@ -159,6 +168,15 @@ class SamplerConfig(Table):
     max_num_seqs: Positive = 256
     kv_cache_mib: Positive | None = None
     """Key-value cache; None: 64 on the CPU, what the device has left on a GPU."""
+
+    @model_validator(mode="after")
+    def _shares_by_agreement(self) -> SamplerConfig:
+        if 0 < self.gpus < 1 and self.kv_cache_mib is None:
+            raise ValueError(
+                f"gpus = {self.gpus} without kv_cache_mib: what a shared GPU has left depends on who came first. Say how much"
+                " the cache may take, as in kv_cache_mib = 4096"
+            )
+        return self
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -231,7 +249,8 @@ _NO_LORA = {
 
 class LearnerConfig(Table):
     ranks: Positive = 1
-    gpus_per_rank: Literal[0, 1] = 0
+    gpus_per_rank: GpuShare = 0
+    """0 learns on the CPU, 0.5 beside a sampler on one GPU."""
     threads: Positive = 1
     """CPU threads per rank while samplers run."""
     dtype: Dtype = "bfloat16"
@@ -243,6 +262,15 @@ class LearnerConfig(Table):
     lora: LoraConfig | None = None
     """None: all weights are trained."""
     optimizer: OptimizerConfig = AdamW(name="adamw")
+
+    @model_validator(mode="after")
+    def _ranks_on_gpus_of_their_own(self) -> LearnerConfig:
+        if 0 < self.gpus_per_rank < 1 and self.ranks > 1:
+            raise ValueError(
+                f"gpus_per_rank = {self.gpus_per_rank} with ranks = {self.ranks}: two ranks that share a GPU cannot exchange"
+                " gradients (NCCL). Use ranks = 1, or gpus_per_rank = 1"
+            )
+        return self
 
 
 class ArchiveConfig(Table):

@@ -65,10 +65,10 @@ def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = Tr
     gpus = sampler.workers * sampler.gpus + ranks * learner.gpus_per_rank
     where = "this machine" if recipe.ray_address is None else f"the cluster at {recipe.ray_address}"
     if gpus > resources.gpus:
-        asked = f"sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus}"
-        asked += f" + learner.ranks {ranks} x learner.gpus_per_rank {learner.gpus_per_rank}" if learning else ""
+        asked = f"sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus:g}"
+        asked += f" + learner.ranks {ranks} x learner.gpus_per_rank {learner.gpus_per_rank:g}" if learning else ""
         raise RecipeError(
-            f"the recipe needs {gpus} GPUs ({asked}), {where} has {resources.gpus}: lower them, or give a"
+            f"the recipe needs {gpus:g} GPUs ({asked}), {where} has {resources.gpus}: lower them, or give a"
             f" {'larger ' if recipe.ray_address else ''}cluster with ray_address"
         )
     cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
@@ -160,13 +160,13 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     workers.add_row(
         "sampler (vLLM)",
         str(sampler.workers),
-        f"{sampler.gpus} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
+        f"{sampler.gpus:g} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
         _sampler_memory(recipe, parameters, trained),
     )
     workers.add_row(
         f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
         str(learner.ranks),
-        f"{learner.gpus_per_rank} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
+        f"{learner.gpus_per_rank:g} GPU" if learner.gpus_per_rank else f"{learner.threads} core(s)",
         "-" if shape is None else f"{_size(sum(peak(shape)[1].values()))}, see below",
     )
     workers.add_row(
@@ -221,7 +221,7 @@ def _sampler_memory(recipe: Recipe, parameters: int | None, trained: int | None)
     sampler = recipe.sampler
     if parameters is None:
         return "-"
-    weights = parameters * DTYPE_BYTES[sampler.dtype] / max(sampler.gpus, 1)
+    weights = parameters * DTYPE_BYTES[sampler.dtype]
     adapter = ""
     if recipe.publish.policy == "adapter":
         adapter = f" + {'an' if trained is None else _size(trained * DTYPE_BYTES[sampler.dtype])} adapter"

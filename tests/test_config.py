@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from rlpost import cli
 from rlpost.config import GRPO, SFT, SGD, AdamW, Recipe, RecipeError
 from rlpost.memory import learner_memory
 from rlpost.plan import (
@@ -82,6 +84,9 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         ("stage.warm.retire_above=0.9", r"'warm' learns from given responses, .* leave retire_above out"),
         ("stage.rl.name=warm", r"names must differ"),
         ("learner.zero_stage=0", r"learner.zero_stage.*1, 2 or 3"),
+        ("sampler.gpus=2", r"sampler.gpus: a process takes 0 \(the CPU\), 1, or 0.5: .* \(got 2\)"),
+        ("sampler.gpus=0.5", r"sampler: gpus = 0.5 without kv_cache_mib: .* as in kv_cache_mib = 4096"),
+        ("learner={gpus_per_rank=0.5, ranks=2}", r"learner: gpus_per_rank = 0.5 with ranks = 2: .* Use ranks = 1, or"),
         ("data.math.task=code", r'task = "code" needs tests'),
         ("stage.rl.algo.kl_estimator=k1", r"gradient of log pi alone.*Use kl_place = \"reward\""),
         ("stage.rl.algo.kl_place=reward", r'"k3" in the reward does not have the gradient of a KL: use "k1"'),
@@ -208,6 +213,10 @@ def test_more_workers_than_cores_or_gpus_is_refused_with_demand_and_supply() -> 
     recipe = build_recipe(TREE, ["sampler.gpus=1", "sampler.workers=3", "learner.gpus_per_rank=1"])
     with pytest.raises(RecipeError, match=r"needs 4 GPUs .* this machine has 1"):
         check_resources(recipe, Resources(cores=64, gpus=1))
+    shared = ["sampler={gpus=0.5, kv_cache_mib=4096}", "learner.gpus_per_rank=0.5"]
+    check_resources(build_recipe(TREE, shared), Resources(cores=1, gpus=1))
+    with pytest.raises(RecipeError, match=r"needs 1.5 GPUs \(.* 2 x sampler.gpus 0.5 .*gpus_per_rank 0.5\)"):
+        check_resources(build_recipe(TREE, [*shared, "sampler.workers=2"]), Resources(cores=1, gpus=1))
     recipe = build_recipe(TREE, ["sampler.gpus=1", "ray_address=10.0.0.1:6379"])
     with pytest.raises(RecipeError, match=r"the cluster at 10.0.0.1:6379 has 0: lower them, or give a larger cluster"):
         check_resources(recipe, Resources(cores=64, gpus=0))
@@ -371,8 +380,15 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_is_valid(path: Path) -> None:
+def test_every_shipped_recipe_has_a_plan_and_says_what_it_takes_and_what_it_reaches(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert load_recipe(path).name == path.stem
+    assert cli.main(["train", str(path), "--dry-run"]) == 0
+    assert f"run directory: runs/{path.stem}" in capsys.readouterr().out
+    head = path.read_text().partition("\nname = ")[0]
+    assert all(line.startswith("#") for line in head.splitlines() if line) and "# Hardware: " in head
+    assert re.search(r"\d %|[Nn]ot yet run", head)
 
 
 def test_a_subnetwork_and_an_adapter_exclude_each_other() -> None:

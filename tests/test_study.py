@@ -92,6 +92,22 @@ def test_every_run_of_a_study_begins_with_its_start_and_those_of_an_arm_with_its
         ("seeds = [0, 1]", "seedz = [0, 1]", "did you mean 'seeds'"),
         ("stage.math.lr", "stage.math.lrr", "arm 'its part': .*did you mean 'lr'"),
         ('stage = "warmup"', 'stage = "cooldown"', "start.stage = 'cooldown' is no stage"),
+        (
+            "seeds = [0, 1]",
+            "goal = {eval='math', accuracy=0.8}",
+            'goal is of what is learned: add measure = "learning"',
+        ),
+        (
+            "seeds = [0, 1]",
+            "measure = 'learning'\ngoal = {eval='maths', accuracy=0.8}",
+            r"goal.eval = 'maths' is no eval set of arm 'full run'; those are \['math', 'code'\]",
+        ),
+        (
+            "lr=1e-3",
+            "subnetwork={{select='file', path='{samples}'}}",
+            r"'its part' uses \{samples\} and none are drawn",
+        ),
+        ("seeds = [0, 1]", "samples = ['evel=[]']", "samples: evel: .* did you mean 'eval'"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said_before_a_run_starts(
@@ -101,9 +117,11 @@ def test_what_is_wrong_with_a_study_is_said_before_a_run_starts(
         load_study(write_study((old, new)))
 
 
-def test_the_shipped_studies_are_whole() -> None:
-    for file in sorted((ROOT / "recipes" / "subnetwork").glob("*.toml")):
-        assert len(load_study(file).runs) >= 8
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*/*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_are_whole(file: Path) -> None:
+    study = load_study(file)
+    assert len(study.runs) >= 6 and study.directory.parts[0] == "runs"
+    assert f"rlpost study recipes/{file.relative_to(ROOT / 'recipes')}" in file.read_text()
 
 
 def plant(study: Study, run: PlannedRun) -> None:
@@ -155,6 +173,78 @@ def test_figures_are_means_over_seeds_with_their_controls(
     assert not made and "full run, seed 1: done before" in capsys.readouterr().out
     assert cli.main(["study", str(write_study(("lr=1e-3", "lr=1e-4")))]) == exit_codes.USAGE
     assert "began with other settings of ['stage']" in capsys.readouterr().err and not made
+
+
+def plant_learning(study: Study, run: PlannedRun) -> None:
+    """A finished run: a supervised step, then two of 32 rollouts and 2,000 + 100 x seed tokens each."""
+    run.directory.mkdir(parents=True)
+    claim(run.directory, load_recipe(study.recipe, run.overrides))
+    counts = {"timing_s/step": 2.0, "perf/rollouts_per_s": 16.0, "perf/tokens_per_s": 1000.0 + 50 * run.seed}
+    rows = [
+        {"step": 1, "stage": "warm", "response_length/mean": 9.0, **counts},
+        {"step": 2, "reward/mean": 0.5, "reward/frac_zero_std": 0.25, "actor/entropy": 0.9, **counts},
+        {"step": 3, "reward/mean": 0.5, "reward/frac_zero_std": 0.5 + run.seed / 4, **counts},
+    ]
+    rows[2] |= {"actor/entropy": 0.3} if run.seed else {}  # a step whose groups all lacked signal has none
+    evals = [(0, 0.4), (2, 0.85 if run.seed else 0.7), (3, 0.9 if run.seed else 0.75)]
+    for name, content in (
+        ("metrics", rows),
+        ("eval", [{"eval": "math", "step": step, "accuracy": accuracy} for step, accuracy in evals]),
+        ("events", [{"event": "run_end", "error": None}]),
+    ):
+        (run.directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def test_what_an_arm_learned_is_told_with_what_it_cost(
+    write_study: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Seed 1 meets the goal at its first sampled step, after 2,100 tokens; seed 0 never does."""
+    monkeypatch.setattr(runs, "_make", plant_learning)
+    learning = ("seeds = [0, 1]", "seeds = [0, 1]\nmeasure = 'learning'\ngoal = {eval='math', accuracy=0.8}")
+    assert cli.main(["study", str(write_study(learning))]) == 0
+    first = json.loads((tmp_path / "runs" / "results.json").read_text())[0]
+    assert first["name"] == "full run" and first["accuracy"]["math"] == [0.4, {"seeds": [0.75, 0.9]}]
+    assert first["rollouts"]["seeds"] == [64, 64] and first["tokens"]["seeds"] == [4000, 4200]
+    assert first["goal_tokens"] == [None, 2100]
+    assert first["without_signal"]["seeds"] == [(0.25 + 0.5) / 2, (0.25 + 0.75) / 2]
+    assert first["entropy"]["seeds"] == [0.3]
+    assert first["eval_curves"]["math"] == [
+        {"at": 0, "value": {"seeds": [0.4, 0.4]}},
+        {"at": 2050, "value": {"seeds": [0.7, 0.85]}},
+        {"at": 4100, "value": {"seeds": [0.75, 0.9]}},
+    ]
+    assert first["step_curves"]["reward/frac_zero_std"] == [
+        {"at": 32, "value": {"seeds": [0.25, 0.25]}},
+        {"at": 64, "value": {"seeds": [0.5, 0.75]}},
+    ]
+    page = (tmp_path / "runs" / "study.html").read_text()
+    assert "82.5 ± 10.6" in page and "k tokens to math 80 %" in page and page.count("<svg") == 3
+    line = capsys.readouterr().out.split("no signal")[1].splitlines()[1]
+    assert line.split() == ["full", "run", "4", "2", "(1", "of", "2", "seeds)", "43.8", "±", "8.8", "0.300"]
+
+
+def test_samples_of_the_start_are_drawn_at_each_seed_before_the_arms_that_read_them(
+    write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(runs, "_call", lambda command, name: calls.append((name, command)))
+    samples = "samples = [\"eval=[{name='pool', data='math', max_response_tokens=32}]\"]\n\n[start]"
+    study = load_study(write_study(("[start]", samples), ("lr=1e-3", "subnetwork={{select='file', path='{samples}'}}")))
+    runs.make_runs(study, lambda line: None)
+    assert [name for name, _ in calls][:4] == [
+        "start, seed 0",
+        "samples, seed 0",
+        "samples, seed 1",
+        "full run, seed 0",
+    ]
+    command = calls[2][1]
+    place = tmp_path / "runs" / "samples" / "1"
+    assert command[3:6] == ["eval", str(study.recipe), str(study.start.model)] and command[-2:] == ["-o", str(place)]
+    assert "seed=1" in command and any("name='pool'" in word for word in command)
+    assert any(f"path='{place / 'samples.jsonl'}'" in word for word in calls[-1][1])
 
 
 def test_a_run_that_fails_is_named_with_the_end_of_its_output(

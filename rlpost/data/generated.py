@@ -1,4 +1,5 @@
-"""Endless generated problems for small models: column arithmetic answered in \\boxed{}, and one-line Python functions.
+"""Endless generated problems for small models: column arithmetic and chains of additions answered in \\boxed{}, and one-line
+Python functions.
 
 The demonstrations are like people's: the method is always sound, and a fixed share of them slips in one place (a carry
 forgotten, a bound taken strictly that should not be, parentheses left out). A policy finetuned on them is therefore
@@ -20,8 +21,8 @@ Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
 """Share of the problems of a family that are held out: which ones is decided by the hash of the prompt."""
 
-SLIP_SHARES: Mapping[str, float] = {"+": 0.4, "-": 0.6, "strict": 0.4, "inclusive": 0.6}
-"""Share of demonstrations that slip: additions, subtractions; functions whose bound is strict, or includes its end.
+SLIP_SHARES: Mapping[str, float] = {"+": 0.4, "-": 0.6, "strict": 0.4, "inclusive": 0.6, "chain": 0.5}
+"""Share of demonstrations that slip: additions, subtractions; functions whose bound is strict, or includes its end; chains.
 
 Below one half a policy finetuned on them is right when greedy and slips only when sampling; above, it is wrong even
 when greedy. So finetuning gives about 50 % either way, and what greedy decoding gains is more than sharpening.
@@ -126,6 +127,41 @@ def _arithmetic(rng: random.Random) -> _Draft:
     )
 
 
+# -- chains: five to eight digits added up, one or two at a time, the rest copied -----------------------------------------
+
+
+def _chains(rng: random.Random) -> _Draft:
+    """7+5+9+4+8 is worked as "12+9+4+8", "21+4+8", "25+8", 33, or in steps of two as "21+4+8", 33.
+
+    Either way is right, and half of the demonstrations take each, so that a policy finetuned on them has responses of 22 to 66
+    tokens and of 10 to 33 for the same problems. The slip forgets a carry in one step, and all lines after it are 10 too low.
+    """
+    numbers = [rng.randint(2, 9) for _ in range(rng.randint(5, 8))]
+    pace = rng.choice((1, 2))
+
+    def worked(slips_at: int | None) -> tuple[str, list[int]]:
+        """The response, and the lines that carry."""
+        head, rest = numbers[0], numbers[1:]
+        lines: list[str] = []
+        carries: list[int] = []
+        while rest:
+            total = head + sum(rest[:pace])
+            if total // 10 > head // 10:
+                carries.append(len(lines))
+            head, rest = total - 10 * (len(lines) == slips_at), rest[pace:]
+            lines.append("+".join(map(str, (head, *rest))))
+        return "\n".join((*lines, f"\\boxed{{{head}}}")), carries
+
+    right, carries = worked(None)
+    return _Draft(
+        prompt=f"Compute {'+'.join(map(str, numbers))}.\n",
+        right=right,
+        slip=worked(rng.choice(carries))[0],
+        slip_share=SLIP_SHARES["chain"],
+        reference={"answer": str(sum(numbers))},
+    )
+
+
 # -- functions: select numbers by a bound, shift and scale them, collect -----------------------------------------------
 
 _BOUNDS: Mapping[str, tuple[str, Callable[[int, int], bool]]] = {
@@ -183,6 +219,7 @@ def _functions(rng: random.Random) -> _Draft:
 
 FAMILIES: Mapping[str, tuple[str, Callable[[random.Random], _Draft]]] = {
     "arithmetic": ("math", _arithmetic),
+    "chains": ("math", _chains),
     "functions": ("code", _functions),
 }
 """Family to its task and how one problem is drawn."""

@@ -89,6 +89,7 @@ class VllmSampler:
             max_num_seqs: sequences decoded at once; more wait their turn.
             kv_cache_bytes: size of the key-value cache; required on CPU. On a GPU, None takes what
                 `gpu_memory_utilization` (a share of the device's memory, weights included) leaves.
+            gpu_memory_utilization: this share must be free at the start, whatever `kv_cache_bytes` is.
             enforce_eager: no CUDA graphs. Always so on CPU.
             lora: the adapter that versions have beside the weights; None: versions are plain weights.
         """

@@ -33,12 +33,12 @@ def render(results: Sequence[ArmResult]) -> Group:
     return Group(learned, "", shape)
 
 
-def over_text(over: Over | None) -> str:
+def over_text(over: Over | None, *, factor: float = 100, digits: int = 1) -> str:
     """Example: over_text(Over((0.5, 0.6))) == "55.0 ± 7.1"."""
     if over is None:
         return ""
-    spread = "" if math.isnan(over.spread) else f" ± {100 * over.spread:.1f}"
-    return f"{100 * over.mean:.1f}{spread}"
+    spread = "" if math.isnan(over.spread) else f" ± {factor * over.spread:.{digits}f}"
+    return f"{factor * over.mean:.{digits}f}{spread}"
 
 
 def write_page(path: Path, name: str, results: Sequence[ArmResult], *, reports: Mapping[str, str], dtype: str) -> None:
@@ -63,16 +63,6 @@ def figures(results: Sequence[ArmResult]) -> dict[str, Figure]:
     """In the order of the page; one whose values no arm has is left out."""
     arms = [result.name for result in results]
     drawn: dict[str, tuple[str, Series]] = {
-        f"accuracy_{name}": (
-            f"accuracy on {name} (%)",
-            {
-                "after": [result.accuracy[name][1] for result in results],
-                "before": [Over((result.accuracy[name][0],)) for result in results],
-            },
-        )
-        for name in results[0].accuracy
-    }
-    drawn |= {
         "unchanged": (
             "entries with the same bits (%)",
             {
@@ -93,11 +83,27 @@ def figures(results: Sequence[ArmResult]) -> dict[str, Figure]:
         ),
     }
     with style():
-        return {
+        return before_and_after({result.name: result.accuracy for result in results}) | {
             key: _chart(arms, series, label)
             for key, (label, series) in drawn.items()
             if any(over is not None for values in series.values() for over in values)
         }
+
+
+def before_and_after(accuracy: Mapping[str, Mapping[str, tuple[float, Over]]]) -> dict[str, Figure]:
+    """A chart per eval set, from each arm's accuracies."""
+    sets = next(iter(accuracy.values()))
+    return {
+        f"accuracy_{name}": _chart(
+            list(accuracy),
+            {
+                "after": [of_arm[name][1] for of_arm in accuracy.values()],
+                "before": [Over((of_arm[name][0],)) for of_arm in accuracy.values()],
+            },
+            f"accuracy on {name} (%)",
+        )
+        for name in sets
+    }
 
 
 def _chart(arms: Sequence[str], series: Series, label: str) -> Figure:

@@ -94,7 +94,7 @@ def arm_result(study: Study, arm: str, analyses: Mapping[str, Analysis]) -> ArmR
     of = next(entry.of for entry in study.config.arm if entry.name == arm)
     return ArmResult(
         name=arm,
-        accuracy=_accuracies(runs),
+        accuracy=accuracies(runs),
         unchanged=_over(update.sparsity.unchanged for update in found),
         predicted=_over(update.sparsity.share(update.sparsity.predicted) for update in found),
         within=_over(update.sparsity.share(update.sparsity.within[1e-5]) for update in found),
@@ -133,7 +133,7 @@ def _unchanged_as_stored(study: Study, run: PlannedRun) -> float:
     return pool(update.rows).sparsity.unchanged
 
 
-def _accuracies(runs: Sequence[PlannedRun]) -> dict[str, tuple[float, Over]]:
+def accuracies(runs: Sequence[PlannedRun]) -> dict[str, tuple[float, Over]]:
     """The first and the last row of each eval set."""
     rows = [list(read_rows(run.directory / FILES["eval"])) for run in runs]
     names = dict.fromkeys(row["eval"] for row in rows[0])

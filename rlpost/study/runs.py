@@ -13,7 +13,7 @@ from rlpost.config import RecipeError
 from rlpost.exit_codes import INTERRUPTED
 from rlpost.recipe import load_recipe
 from rlpost.run_directory import changed_keys, is_claimed
-from rlpost.study.plan import PlannedRun, Study
+from rlpost.study.plan import PlannedRun, PlannedSamples, Study
 from rlpost.tracking import run_ended
 
 TAIL_LINES = 15
@@ -31,16 +31,19 @@ def make_runs(study: Study, say: Callable[[str], None]) -> None:
         RunFailed: at the first that fails; a study that is started again goes on with it.
         KeyboardInterrupt: when it was interrupted, once the present run has written its checkpoint.
     """
-    planned = [study.start, *study.runs]
-    for run in planned:
+    for run in (study.start, *study.runs):
         _check_unchanged(study, run)
-    for number, run in enumerate(planned, start=1):
-        name = f"{number}/{len(planned)} {run.arm}, seed {run.seed}"
-        if run_ended(run.directory):
+    total = 1 + len(study.samples) + len(study.runs)
+    for number, planned in enumerate((study.start, *study.samples, *study.runs), start=1):
+        name = f"{number}/{total} {planned.arm if isinstance(planned, PlannedRun) else 'samples'}, seed {planned.seed}"
+        if isinstance(planned, PlannedRun) and run_ended(planned.directory):
             say(f"{name}: done before")
             continue
         began = time.monotonic()
-        _make(study, run)
+        if isinstance(planned, PlannedRun):
+            _make(study, planned)
+        else:
+            _draw(study, planned)
         say(f"{name}: {time.monotonic() - began:.0f} s")
 
 
@@ -56,6 +59,16 @@ def _make(study: Study, run: PlannedRun) -> None:
     command = [sys.executable, "-m", "rlpost.cli", "train", str(study.recipe), *run.overrides]
     if is_claimed(run.directory):
         command.append("--resume")
+    _call(command, f"{run.arm}, seed {run.seed}")
+
+
+def _draw(study: Study, samples: PlannedSamples) -> None:
+    """Also where they are there already: it is `rlpost eval` that knows, and it draws none twice."""
+    command = [sys.executable, "-m", "rlpost.cli", "eval", str(study.recipe), str(study.start.model)]
+    _call([*command, *samples.overrides, "-o", str(samples.directory)], f"samples, seed {samples.seed}")
+
+
+def _call(command: list[str], name: str) -> None:
     # In a session of its own, so that a Ctrl-C reaches it once, through us.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -74,4 +87,4 @@ def _make(study: Study, run: PlannedRun) -> None:
         raise KeyboardInterrupt
     if process.returncode:
         tail = "\n".join(output.splitlines()[-TAIL_LINES:])
-        raise RunFailed(f"{run.arm}, seed {run.seed}, ended with code {process.returncode}:\n{tail}")
+        raise RunFailed(f"{name}, ended with code {process.returncode}:\n{tail}")

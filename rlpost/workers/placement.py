@@ -67,19 +67,19 @@ def place(learner: LearnerConfig, sampler: SamplerConfig, nodes: Sequence[Node])
 
     Cores are a preference, GPUs are not: that there are enough of them in all is `plan.check_resources`'s to say.
     """
-    gpus = {node: node.gpus for node in nodes}
+    gpus: dict[Node, float] = {node: node.gpus for node in nodes}
     cores = {node: node.cores for node in nodes}
 
-    def roomiest(num_gpus: int) -> Node:
+    def roomiest(num_gpus: float) -> Node:
         return max(nodes, key=lambda node: (gpus[node] if num_gpus else 0, cores[node]))
 
-    def take(node: Node, num_gpus: int, num_cores: int) -> Node:
+    def take(node: Node, num_gpus: float, num_cores: int) -> Node:
         gpus[node] -= num_gpus
         cores[node] -= num_cores
         return node
 
     def has_room(node: Node) -> bool:
-        return gpus[node] > 0 if learner.gpus_per_rank else cores[node] >= learner.threads
+        return gpus[node] >= learner.gpus_per_rank if learner.gpus_per_rank else cores[node] >= learner.threads
 
     ranks: list[Node] = []
     for _ in range(learner.ranks):

@@ -41,6 +41,8 @@ BESIDE = "beside"
 
 CPU_KV_CACHE_MIB = 64
 """Unless the recipe says otherwise: allocating more takes seconds, and a laptop's model needs little."""
+GPU_MEMORY_SHARE = 0.9
+"""Of what a sampler has of its GPU: that much must be free when it starts, weights included."""
 
 
 # -- inside the worker processes ---------------------------------------------------------------------------------------
@@ -63,6 +65,7 @@ class _SamplerProcess:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             kv_cache_bytes=None if cache_mib is None else cache_mib << 20,
+            gpu_memory_utilization=GPU_MEMORY_SHARE * (config.gpus or 1),
             lora=None if adapter is None else LoraSpec(**adapter.model_dump()),
         )
         engine = self._thread.submit(build).result()

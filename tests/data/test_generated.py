@@ -10,7 +10,7 @@ import pytest
 
 from rlpost.data.generated import FAMILIES, SLIP_SHARES, Problem, problems
 
-TASKS = {"arithmetic": "math", "functions": "code"}
+TASKS = {"arithmetic": "math", "chains": "math", "functions": "code"}
 
 
 def take(family: str, split: Any, seed: int, num_problems: int) -> list[Problem]:
@@ -77,6 +77,7 @@ def test_the_tests_of_a_function_problem_accept_its_specification_and_nothing_ne
     [
         ("arithmetic", "+", SLIP_SHARES["+"]),
         ("arithmetic", "-", SLIP_SHARES["-"]),
+        ("chains", "+", SLIP_SHARES["chain"]),
         ("functions", " above | below ", SLIP_SHARES["strict"]),
         ("functions", " at least | at most ", SLIP_SHARES["inclusive"]),
     ],
@@ -95,6 +96,24 @@ def test_a_worked_sum_names_the_carry_and_a_slip_does_not_take_it():
     family = [text for text in seen if text.startswith("7+8=5, carry 1\n4+2")]
     endings = {re.sub(r"\\boxed\{\d", r"\\boxed{H", text.partition("\n")[2]) for text in family}
     assert endings == {"4+2+1=7\n\\boxed{H75}", "4+2+0=6\n\\boxed{H65}"}
+
+
+def test_a_chain_is_worked_in_steps_of_one_or_two_and_a_slip_loses_one_carry_for_good():
+    """By hand, 7+5+9+4+8: "12+9+4+8", "21+4+8", "25+8", "33", or "21+4+8", "33"; with its second carry lost in steps of one
+    "12+9+4+8", "11+4+8", "15+8", "23"."""
+    seen = {(1, False): 0, (1, True): 0, (2, False): 0, (2, True): 0}
+    for problem in take("chains", "train", 0, 500):
+        numbers = [int(n) for n in problem.prompt.removeprefix("Compute ").removesuffix(".\n").split("+")]
+        *lines, boxed = problem.demonstration.split("\n")
+        answer, sums = int(problem.reference["answer"]), [eval(line) for line in lines]
+        assert answer == sum(numbers)
+        pace = {-(-(len(numbers) - 1) // pace): pace for pace in (1, 2)}[len(lines)]
+        rests = [numbers[1 + pace * (i + 1) :] for i in range(len(lines))]
+        assert [line.split("+")[1:] for line in lines] == [[str(n) for n in rest] for rest in rests]
+        assert boxed == f"\\boxed{{{sums[-1]}}}" and sums == sorted(sums, reverse=True)
+        assert set(sums) <= {answer, answer - 10}
+        seen[pace, sums[-1] != answer] += 1
+    assert min(seen.values()) > 90  # of 125 each, 4 standard errors of a quarter are 39
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,7 +148,7 @@ def test_a_problem_has_one_prompt_and_one_reference_whatever_the_seed_it_came_fr
 
 
 def test_prompts_end_in_a_newline_and_tell_nothing_of_the_reference():
-    keys = {"arithmetic": {"answer"}, "functions": {"tests", "setup", "entry_point"}}
+    keys = {"arithmetic": {"answer"}, "chains": {"answer"}, "functions": {"tests", "setup", "entry_point"}}
     for family in FAMILIES:
         for problem in take(family, "train", 0, 200):
             assert problem.prompt.endswith("\n") and problem.prompt.count("\n") == 1
@@ -138,7 +157,7 @@ def test_prompts_end_in_a_newline_and_tell_nothing_of_the_reference():
 
 
 def test_an_unknown_family_or_split_is_refused_at_once_by_name():
-    with pytest.raises(ValueError, match=r"'geometry'.*'arithmetic', 'functions'"):
+    with pytest.raises(ValueError, match=r"'geometry'.*'arithmetic', 'chains', 'functions'"):
         problems("geometry", split="train", seed=0)
     with pytest.raises(ValueError, match=r"'test'.*heldout"):
         problems("arithmetic", split="test", seed=0)  # type: ignore[arg-type]

@@ -46,6 +46,16 @@ def test_a_gpu_worker_takes_a_gpu_even_where_cores_are_short() -> None:
     assert placed({"ranks": 1, "gpus_per_rank": 1}, {"workers": 2, "gpus": 1, "threads": 8}, nodes) == "a ba b"
 
 
+def test_two_halves_of_a_gpu_go_where_one_is_left() -> None:
+    """The only GPU takes both. With "b" beside it the sampler has one to itself, and a second one takes the half left."""
+    half = {"gpus": 0.5, "kv_cache_mib": 1}
+    nodes = [node("h", cores=64), node("a", cores=8, gpus=1)]
+    assert placed({"gpus_per_rank": 0.5}, half, nodes) == "a a h"
+    nodes = [*nodes, node("b", cores=4, gpus=1)]
+    assert placed({"gpus_per_rank": 0.5}, half, nodes) == "a b h"
+    assert placed({"gpus_per_rank": 1}, half | {"workers": 2}, nodes) == "a bb h"
+
+
 def test_a_node_that_lacks_something_says_what_and_where_it_would_have_to_be(tmp_path: Path) -> None:
     mark, model, code = tmp_path / "mark", tmp_path / "model", placement.code_checksum()
     fault = placement._fault
