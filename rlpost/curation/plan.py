@@ -1,0 +1,180 @@
+"""The tables of a curation: which sources, against which evaluation sets, by which filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rlpost.config import DatasetData, FileData, Positive, RecipeError, Table, VerifierConfig
+from rlpost.curation.filters import CODE_FILTERS, TextFilter, math_filters
+from rlpost.recipe import explain, override_tree, read_tree
+
+NGRAM = {"math": 9, "code": 14}
+"""Words of a run, as AceReason-Nemotron has them (https://arxiv.org/abs/2505.16400)."""
+EMPTY, UNUSABLE = "empty", "unusable"
+NO_SOLUTION, CONTAMINATED, SAME_URL, SAME_TEXT, NEAR, WRONG_GOLD, WEAK_TESTS = (
+    "no_solution", "contaminated", "same_url", "same_text", "near_duplicate", "wrong_gold", "weak_tests",
+)  # fmt: skip
+NOT_FOR = {
+    "math": ("mutants", "mutant_deadline_s", "max_survivors"),
+    "code": ("min_words", "max_foreign", "max_answer_chars"),
+}
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class CurationTable(BaseModel):
+    """Apart from a recipe's tables, so that neither's keys are suggested for the other's."""
+
+    model_config = Table.model_config
+
+
+def _refuse(table: FileData, *keys: str) -> None:
+    if given := sorted(table.model_fields_set.intersection(keys)):
+        raise ValueError(
+            f"{', '.join(given)}: no policy reads these prompts yet, so this has no meaning here. Leave it to the recipe"
+        )
+
+
+class SourceConfig(DatasetData):
+    """A data set as a recipe names it; `prompt` is the problem's text alone."""
+
+    url: str | None = None
+    """Column with the address of the problem."""
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> SourceConfig:
+        _refuse(self, "chat", "max_prompt_tokens", "demonstration", "max_rejected_golds")
+        return self
+
+
+class AgainstConfig(FileData):
+    """An evaluation set; `prompt` is the text that must not be trained on."""
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> AgainstConfig:
+        _refuse(self, "chat", "max_prompt_tokens")
+        return self
+
+
+class FiltersConfig(CurationTable):
+    skip: tuple[str, ...] = ()
+    """Filters that are not asked, by name."""
+    ngram: Positive | None = None
+    """Words of a run that no problem may share with an evaluation set; None: 9 for math, 14 for code."""
+    max_stock: Annotated[int, Field(ge=0)] = 10
+    """A run in more problems than this is a phrase of the trade: it counts only beside half of an evaluation problem. 0: none is."""
+    duplicate_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Of runs that two problems share, from which on they are the same one (Jaccard)."""
+    min_words: Annotated[int, Field(ge=0)] = 4
+    max_foreign: Share = 0.1
+    """Share of letters that are neither Latin nor Greek."""
+    max_answer_chars: Positive = 100
+    mutants: Positive = 12
+    """Wrong programs made of each reference solution, at most."""
+    mutant_deadline_s: Annotated[float, Field(gt=0)] = 2.0
+    """Of one of them, for all tests together."""
+    max_survivors: Share = 0.4
+    """Share of mutants that tests may pass."""
+
+
+class CurationConfig(CurationTable):
+    name: str
+    task: Literal["math", "code"]
+    seed: int = 0
+    """Of the mutants."""
+    source: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    """In the order in which duplicates are kept."""
+    against: dict[str, AgainstConfig] = {}
+    filters: FiltersConfig = FiltersConfig()
+    verifier: VerifierConfig = VerifierConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_task(cls, tree: Any) -> Any:
+        if not (isinstance(tree, dict) and isinstance(tree.get("source"), dict)):
+            return tree
+        sources = {
+            name: {"source": "dataset", "task": tree.get("task"), **table} if isinstance(table, dict) else table
+            for name, table in tree["source"].items()
+        }
+        return {**tree, "source": sources}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CurationConfig:
+        for name, source in self.source.items():
+            if source.task != self.task:
+                raise ValueError(f"source.{name} has task = {source.task!r} and the curation {self.task!r}: curate it apart")
+        known = [item.name for item in self.asked_texts(every=True)] + list(expensive(self.task))
+        if unknown := [name for name in self.filters.skip if name not in known]:
+            raise ValueError(f"filters.skip names {unknown}; filters of task {self.task!r} that can be skipped: {known}")
+        if foreign := sorted(self.filters.model_fields_set.intersection(NOT_FOR[self.task])):
+            raise ValueError(f"filters: {', '.join(foreign)} has no meaning for task = {self.task!r}: leave it out")
+        return self
+
+    @property
+    def ngram(self) -> int:
+        return self.filters.ngram or NGRAM[self.task]
+
+    def asks(self, name: str) -> bool:
+        return name not in self.filters.skip
+
+    def asked_texts(self, *, every: bool = False) -> tuple[TextFilter, ...]:
+        """The filters of texts, in their order."""
+        options = self.filters
+        of_task = CODE_FILTERS
+        if self.task == "math":
+            of_task = math_filters(
+                min_words=options.min_words, max_answer_chars=options.max_answer_chars, max_foreign=options.max_foreign
+            )
+        return tuple(item for item in of_task if every or self.asks(item.name))
+
+    def definitions(self) -> dict[str, str]:
+        """What each filter leaves out, in the order in which they are asked."""
+        asked = {EMPTY: "the problem, its answer or its tests are missing"}
+        more = {
+            NO_SOLUTION: "it has no reference solution to check its tests with",
+            **{item.name: item.definition for item in self.asked_texts()},
+            CONTAMINATED: f"it shares a run of {self.ngram} words with an evaluation problem, or is one shorter than that"
+            + self._stock(),
+            SAME_URL: "an earlier problem has the same address",
+            SAME_TEXT: "an earlier problem has the same text, but for case, white space and $",
+            NEAR: f"of the runs of {self.ngram} words and signs in it or an earlier problem, at least"
+            f" {self.filters.duplicate_share:.0%} are in both" + (", and the answers are equal" if self.task == "math" else ""),
+            UNUSABLE: "its reference is none that a verifier can judge by",
+            WRONG_GOLD: "its own verifier does not accept its answer, or its reference solution",
+            WEAK_TESTS: f"more than {self.filters.max_survivors:.0%} of up to {self.filters.mutants} programs that differ from"
+            " the reference solution in one place pass its tests",
+        }
+        absent = {"math": (NO_SOLUTION, SAME_URL, WEAK_TESTS), "code": ()}[self.task]
+        return asked | {name: text for name, text in more.items() if self.asks(name) and name not in absent}
+
+    def _stock(self) -> str:
+        if not self.filters.max_stock:
+            return ""
+        return f"; a run in more than {self.filters.max_stock} problems counts only beside half of an evaluation problem's runs"
+
+
+def expensive(task: str) -> tuple[str, ...]:
+    """Filters, beside those of texts, that can be skipped."""
+    of_both = (CONTAMINATED, SAME_TEXT, NEAR, WRONG_GOLD)
+    return of_both if task == "math" else (NO_SOLUTION, SAME_URL, *of_both, WEAK_TESTS)
+
+
+def load_curation(path: Path, overrides: Sequence[str] = ()) -> CurationConfig:
+    """Read, override, validate.
+
+    Raises:
+        RecipeError: naming every wrong key at once.
+    """
+    try:
+        return CurationConfig.model_validate(override_tree(read_tree(path, "curation"), overrides))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    owner = {"source": FileData, "against": FileData, "verifier": Table}
+    return explain(problem, owner.get(str(next(iter(problem["loc"]), "")), CurationTable))

@@ -1,0 +1,97 @@
+"""The problems of a source, by row, as the verifiers know them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from rlpost.config import RecipeError
+from rlpost.curation.plan import SourceConfig
+from rlpost.data.sources import PLACEHOLDER, _reference, fill, local_file, read_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One row of a source.
+
+    Example:
+        Problem(id="numina/7", source="numina", row=7, text="What is $2+2$?", reference={"answer": "4"}, url=None)
+    """
+
+    id: str
+    source: str
+    row: int
+    text: str
+    reference: Mapping[str, Any]
+    """As verifiers take it; empty where the row lacks a column that it needs."""
+    url: str | None
+
+    @property
+    def answer(self) -> str:
+        return str(self.reference.get("answer", ""))
+
+    @property
+    def is_script(self) -> bool:
+        """Its tests are standard input and output."""
+        return isinstance(self.reference["tests"][0], Mapping) and not self.reference["entry_point"]
+
+
+@dataclass(slots=True)
+class Source:
+    """A data set; its rows stay where `datasets` has mapped them."""
+
+    name: str
+    config: SourceConfig
+    rows: Any
+    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    """Of what `all` has read."""
+
+    @classmethod
+    def open(cls, name: str, config: SourceConfig) -> Source:
+        """Raises RecipeError, naming the file or the columns that are missing."""
+        named = (config.answer, config.tests, config.setup, config.solution, config.entry_point, config.url)
+        try:
+            rows = read_rows(config, columns=named)
+        except RecipeError as error:
+            raise RecipeError(f"source.{name}: {error}") from error
+        used = {*PLACEHOLDER.findall(config.prompt), *named, "id", "task_id"}
+        rows = rows.select_columns([column for column in rows.column_names if column in used])
+        return cls(name, config, rows.select(range(min(len(rows), config.max_prompts or len(rows)))))
+
+    def all(self) -> Iterator[Problem]:
+        """Every problem, in order; the digest is of all of them afterwards."""
+        for index, row in enumerate(self.rows):
+            self.digest.update(repr(row).encode(errors="surrogatepass"))
+            yield self._problem(index, row)
+
+    def some(self, indices: Sequence[int]) -> Iterator[Problem]:
+        """Those of these rows."""
+        for index, row in zip(indices, self.rows.select(indices), strict=True):
+            yield self._problem(index, row)
+
+    def one(self, index: int) -> Problem:
+        return self._problem(index, self.rows[index])
+
+    def facts(self) -> dict[str, str]:
+        """Where it came from and what it was, for the card."""
+        path = local_file(self.config)
+        return {"path": self.config.path} | (
+            {"split": self.config.split} if path is None else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        ) | {"rows_xxh3": self.digest.hexdigest()}
+
+    def _problem(self, index: int, row: Mapping[str, Any]) -> Problem:
+        config = self.config
+        needed = (*PLACEHOLDER.findall(config.prompt), config.answer, config.tests)
+        whole = all(row[name] not in (None, "", []) for name in needed if name)
+        return Problem(
+            id=f"{self.name}/{row.get('id') or row.get('task_id') or index}",
+            source=self.name,
+            row=index,
+            text=fill(config.prompt, row) if whole else "",
+            reference=_reference(row, config) if whole else {},
+            url=row[config.url] if config.url else None,
+        )
