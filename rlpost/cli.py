@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write the problems of the [source] tables that no filter leaves out, with a card that counts and explains.",
     )
     data.add_argument("curation", type=Path)
-    data.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example source.numina.path=numina.jsonl.gz")
+    data.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="for example source.numina.path=numina.jsonl.gz"
+    )
     data.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
 
     study = commands.add_parser("study", help="make the runs of a study, analyze and compare their updates")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def shortened(text: str) -> str:
 
 def _length_labels() -> list[str]:
     first, last = LENGTH_EDGES[0], LENGTH_EDGES[-1]
-    between = [f"{low} to {high - 1}" for low, high in zip(LENGTH_EDGES, LENGTH_EDGES[1:], strict=False)]
+    between = [f"{low} to {high - 1}" for low, high in itertools.pairwise(LENGTH_EDGES)]
     return [f"below {first}", *between, f"{last} and more"]
 
 
@@ -111,8 +112,8 @@ def markdown(card: Mapping[str, Any]) -> str:
     if card.get("mutants"):
         lines += ["", "## Mutants of reference solutions", "", *(f"- {k}: {v}" for k, v in card["mutants"].items())]
     lines += ["", "## Inputs and outputs", ""]
-    for kind in ("sources", "against"):
-        lines += [f"- {kind[:-1] if kind == 'sources' else kind} `{name}`: {_facts(facts)}" for name, facts in card[kind].items()]
+    for kind in ("source", "against"):
+        lines += [f"- {kind} `{name}`: {_facts(facts)}" for name, facts in card[kind].items()]
     lines += [f"- `{name}`: sha256 {digest}" for name, digest in card["outputs"].items()]
     lines += ["", "## Settings", "", "```json", json.dumps(card["settings"], indent=2), "```", ""]
     lines += [f"Versions: {', '.join(f'{name} {version}' for name, version in card['versions'].items())}."]

@@ -90,15 +90,22 @@ CODE_FILTERS = (
     ),
 )
 
+
+def _any_of(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns), re.IGNORECASE | re.MULTILINE | re.DOTALL)
+
+
+MAX_PROSE_WORDS = 5
 _WORD = re.compile(r"[^\W_]+")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_MATH = re.compile(r"\$\$.*?\$\$|\$.*?\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL)
-MAX_PROSE_WORDS = 5
-# Words that are also words of other languages prove nothing.
-_ENGLISH = frozenset(
-    "and are as be each find for from given has have he her his how if is its let many more much number of one she than that the"
-    " their then there they to was what when where which with compute determine evaluate simplify solve express suppose".split()
+_MATH = _any_of(r"\$\$.*?\$\$", r"\$.*?\$", r"\\\[.*?\\\]", r"\\\(.*?\\\)")
+_DRAWING = _any_of(r"\[asy\].*?\[/asy\]")
+_OUR_SCRIPTS = ("LATIN", "GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "BLACK-LETTER", "FULLWIDTH LATIN")
+_ENGLISH = _any_of(
+    r"\b(?:and|are|as|be|each|find|for|from|given|has|have|her|his|how|if|is|its|let|many|more|much|of|one|she|than|that|the)\b",
+    r"\b(?:their|then|there|they|to|was|what|when|where|which|with|compute|determine|evaluate|simplify|solve|express)\b",
 )
+"""The commonest words that are not words of other languages as well, which would prove nothing."""
 
 
 def too_short(problem: str, min_words: int) -> str | None:
@@ -107,31 +114,30 @@ def too_short(problem: str, min_words: int) -> str | None:
 
 
 def not_english(problem: str, max_foreign: float) -> str | None:
-    letters = [character for character in problem if character.isalpha()]
-    foreign = [x for x in letters if not x.isascii() and not unicodedata.name(x, "").startswith(_OUR_SCRIPTS)]
-    if len(foreign) > max_foreign * len(letters):
-        return f"{len(foreign)} of {len(letters)} letters, as in {''.join(foreign[:20])!r}"
-    prose = [w.lower() for w in _WORD.findall(_COMMAND.sub(" ", _MATH.sub(" ", problem))) if w.isalpha() and len(w) > 1]
-    if len(prose) >= 12 and _ENGLISH.isdisjoint(prose):
-        return " ".join(prose[:8])
-    return None
+    if not problem.isascii():
+        letters = [character for character in problem if character.isalpha()]
+        foreign = [x for x in letters if not x.isascii() and not unicodedata.name(x, "").startswith(_OUR_SCRIPTS)]
+        if len(foreign) > max_foreign * len(letters):
+            return f"{len(foreign)} of {len(letters)} letters, as in {''.join(foreign[:20])!r}"
+    prose = _prose(_MATH.sub(" ", problem))
+    return " ".join(prose[:8]) if len(prose) >= 12 and not _ENGLISH.search(" ".join(prose)) else None
 
 
-_OUR_SCRIPTS = ("LATIN", "GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "BLACK-LETTER", "FULLWIDTH LATIN")
-
-_FIGURE = re.compile(
-    r"\[/?asy\]|\\begin\{(?:asy|tikzpicture|picture|figure)\}|\\includegraphics|!\[[^\]]*\]\(|<img\b|<image|https?://\S+\.(?:png|jpe?g|gif|svg)"
-    r"|\b(?:in|from|see|using) the (?:following |adjacent |accompanying |attached |given |first )?(?:figure|diagram|picture|illustration)s?\b"
-    r"(?! (?:with|formed|of) )"
-    r"|\b(?:figure|diagram|picture|image|illustration|graph|chart|grid|spinner)s? (?:\S+ ){0,6}?(?:is|are|as)? ?(?:shown|pictured|depicted|drawn)"
-    r" (?:here|above|below|to the (?:left|right))"
-    r"|\b(?:figure|diagram|picture|image|illustration)s? (?:above|below|to the (?:left|right))\b"
-    r"|\b(?:figure|fig\.) \d",
-    re.IGNORECASE,
+_PICTURE = r"(?:figure|diagram|picture|illustration)s?"
+_FIGURE = _any_of(
+    r"\[/?asy\]",
+    r"\\begin\{(?:asy|tikzpicture|picture|figure)\}",
+    r"\\includegraphics|!\[[^\]]*\]\(|<img\b|<image|https?://\S+\.(?:png|jpe?g|gif|svg)",
+    rf"\b(?:in|from|see|using) the (?:(?:following|adjacent|accompanying|attached|given|first) )?{_PICTURE}\b"
+    r"(?! (?:with|formed|of) )",
+    r"\b(?:figure|diagram|picture|image|illustration|graph|chart|grid|spinner)s? (?:\S+ ){0,6}?(?:(?:is|are|as) )?"
+    r"(?:shown|pictured|depicted|drawn) (?:here|above|below|to the (?:left|right))",
+    rf"\b(?:{_PICTURE}|image) (?:above|below|to the (?:left|right))\b",
+    r"\b(?:figure|fig\.) \d",
 )
 # A table that is written out can be read.
-_TABLE = re.compile(r"\\begin\{(?:tabular|array|matrix)|\|\s*-{2,}|\\hline", re.IGNORECASE)
-_DRAWN = re.compile(r"\[/?asy\]|\\begin\{(?:asy|tikz|picture|figure)|\\includegraphics|!\[|<im|https?://", re.IGNORECASE)
+_TABLE = _any_of(r"\\begin\{(?:tabular|array|matrix)", r"\|\s*-{2,}", r"\\hline")
+_DRAWN = _any_of(r"\[/?asy\]", r"\\begin\{(?:asy|tikz|picture|figure)", r"\\includegraphics|!\[|<im|https?://")
 
 
 def figure(problem: str) -> str | None:
@@ -141,9 +147,10 @@ def figure(problem: str) -> str | None:
     return _quote(problem, found)
 
 
-_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL | re.IGNORECASE)
 _CHOICES = re.compile(
-    ".{1,400}?".join(rf"(?:(?<![\w}}])\(\s*{letter}\s*\)|(?:^|(?<=[\s${{])){letter}[).](?=[\s\\$~}}]))" for letter in "ABC"),
+    ".{1,400}?".join(
+        rf"(?:(?<![\w}}])\(\s*{letter}\s*\)|(?:^|(?<=[\s${{])){letter}[).](?=[\s\\$~}}]))" for letter in "ABC"
+    ),
     re.DOTALL | re.MULTILINE,
 )
 
@@ -153,11 +160,11 @@ def multiple_choice(problem: str) -> str | None:
     return None if found is None else _quote(text, found)
 
 
-_TRUE_FALSE = re.compile(
-    r"(?:^|[.:?!\n]\s*)\(?(?:true or false|true/false|T/F)\b|\btrue or false\s*[?:]"
-    r"|\b(?:state|determine|decide|say) (?:whether|if) (?:\S+ ){1,12}?(?:true|false)\b"
-    r"|\bis (?:this|the following|it) (?:statement |claim )?(?:true|correct)\?",
-    re.IGNORECASE,
+_TRUE_FALSE = _any_of(
+    r"(?:^|[.:?!\n]\s*)\(?(?:true or false|true/false|T/F)\b",
+    r"\btrue or false\s*[?:]",
+    r"\b(?:state|determine|decide|say) (?:whether|if) (?:\S+ ){1,12}?(?:true|false)\b",
+    r"\bis (?:this|the following|it) (?:statement |claim )?(?:true|correct)\?",
 )
 _HALF = re.compile(r"(?:\\(?:text|textbf|mathrm|textit)\{\s*)?(?:true|false|yes|no)\s*\}?\.?", re.IGNORECASE)
 
@@ -169,10 +176,10 @@ def true_false(problem: str, answer: str) -> str | None:
     return None if found is None else _quote(problem, found)
 
 
-_PROOF = re.compile(
-    r"(?:^|[.,;:!?)$}\]\n]\s*|\b(?:and|then|please|to|can you|must) )(?:prove|show|demonstrate|justify) (?:that|the following)\b"
-    r"|(?:^|[.!?)$}\]\n]\s*|\b(?:and|then) )prove\b|\bgive a (?:rigorous |formal )?proof\b",
-    re.IGNORECASE,
+_PROOF = _any_of(
+    r"(?:^|[.,;:!?)$}\]\n]\s*|\b(?:and|then|please|to|can you|must) )(?:prove|show|demonstrate|justify) (?:that|the following)\b",
+    r"(?:^|[.!?)$}\]\n]\s*|\b(?:and|then) )prove\b",
+    r"\bgive a (?:rigorous |formal )?proof\b",
 )
 _IS_SHOWN = re.compile(r"\b(?:able|possible|easy|used|enough|order|known) to (?:prove|show)", re.IGNORECASE)
 
@@ -182,9 +189,9 @@ def proof(problem: str) -> str | None:
     return None if found is None else found.group().strip()
 
 
-_ASKS = re.compile(
-    r"\?|\b(?:find|what|how (?:many|much|long|far)|determine|compute|calculate|evaluate|prove|show|explain|express|solve|sketch)\b",
-    re.IGNORECASE,
+_ASKS = _any_of(
+    r"\?",
+    r"\b(?:find|what|how (?:many|much|long|far)|determine|compute|calculate|evaluate|prove|show|explain|express|solve|sketch)\b",
 )
 _PART_LABELS = tuple(
     re.compile(pattern, re.MULTILINE)
@@ -210,22 +217,26 @@ def multi_part(problem: str) -> str | None:
 
 
 def long_answer(answer: str, max_chars: int) -> str | None:
-    prose = [word for word in _WORD.findall(_COMMAND.sub(" ", answer)) if word.isalpha() and len(word) > 2]
     if len(answer) > max_chars:
         return f"{len(answer)} characters"
-    return f"{len(prose)} words" if len(prose) > MAX_PROSE_WORDS else None
+    return f"{len(_prose(answer))} words" if len(_prose(answer)) > MAX_PROSE_WORDS else None
 
 
 _EXAMPLES = re.compile(r"^\W*(?:Notes?|Examples?|Explanation)\b", re.MULTILINE)
-_INTERACTIVE = re.compile(
-    r"\binteractive (?:problem|task)\b|\binteractor\b|\bflush (?:the )?(?:output|stdout|standard output)\b|\bfflush\b", re.IGNORECASE
+_INTERACTIVE = _any_of(
+    r"\binteractive (?:problem|task)\b",
+    r"\binteractor\b",
+    r"\bflush (?:the )?(?:output|stdout|standard output)\b",
+    r"\bfflush\b",
 )
-_MANY = re.compile(
-    r"\bif there (?:are|is|exist) (?:multiple|several|many|more than one) (?:\S+ ){0,3}?(?:answers?|solutions?|ways?|outputs?)\b[^.]*\b(?:any|one of)\b"
-    r"|\b(?:print|output|return) any(?: one)? (?:of (?:them|these|the)|valid|such|suitable|correct|possible)\b"
-    r"|\b(?:multiple|several) (?:possible |correct |valid )?(?:answers|solutions), (?:you (?:may|can|should) )?(?:print|output|return) any\b"
-    r"|\b(?:print|output|return) (?:\S+ ){1,4}?in any order\b|\bany (?:valid|correct) (?:answer|solution|output) (?:is|will be) accepted\b",
-    re.IGNORECASE,
+_MANY = _any_of(
+    r"\bif there (?:are|is|exist) (?:multiple|several|many|more than one) (?:\S+ ){0,3}?(?:answer|solution|way|output)s?\b"
+    r"[^.]*\b(?:any|one of)\b",
+    r"\b(?:print|output|return) any(?: one)? (?:of (?:them|these|the)|valid|such|suitable|correct|possible)\b",
+    r"\b(?:multiple|several) (?:possible |correct |valid )?(?:answers|solutions), (?:you (?:may|can|should) )?"
+    r"(?:print|output|return) any\b",
+    r"\b(?:print|output|return) (?:\S+ ){1,4}?in any order\b",
+    r"\bany (?:valid|correct) (?:answer|solution|output) (?:is|will be) accepted\b",
 )
 
 
@@ -245,6 +256,11 @@ def first_found(filters: Sequence[TextFilter], problem: str, answer: str) -> tup
         if (found := item.find(problem, answer)) is not None:
             return item.name, found
     return None
+
+
+def _prose(text: str) -> list[str]:
+    """Words that are no LaTeX commands, numbers or names of one letter."""
+    return [word for word in _WORD.findall(_COMMAND.sub(" ", text)) if word.isalpha() and len(word) > 1]
 
 
 def _quote(text: str, found: re.Match[str], around: int = 30) -> str:

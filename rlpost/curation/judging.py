@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from reward import Outcome, RewardPool, Verdict, check_reference, gold_response
-from rlpost.curation.mutants import Mutant, mutants
+from rlpost.curation.mutants import mutants
 from rlpost.curation.plan import UNUSABLE, WEAK_TESTS, WRONG_GOLD, CurationConfig
 from rlpost.curation.problems import Problem
 from rlpost.data.sources import judge_golds
@@ -16,7 +17,7 @@ from rlpost.data.sources import judge_golds
 MIN_MUTANTS = 4
 """Of fewer, a share says nothing."""
 SLOW_SHARE = 0.25
-"""Of a mutant's deadline. A reference solution that takes longer is not mutated: its mutants could be late without being wrong."""
+"""Of a mutant's deadline. Where the solution itself takes longer, a mutant can be late and right: late ones are not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class Judge:
     def __init__(self, config: CurationConfig) -> None:
         self._config = config
         self.mutants = MutantCount()
-        table = config.verifier.model_dump() | {"regrade_share": 0.0}
+        table: dict[str, Any] = config.verifier.model_dump() | {"regrade_share": 0.0}
         self._pool = RewardPool.from_table(table)
         hasty = table | {"code": table["code"] | {"deadline_s": config.filters.mutant_deadline_s}}
         self._hasty_pool = RewardPool.from_table(hasty)
@@ -75,16 +76,22 @@ class Judge:
 
     def _mutated(self, problem: Problem, gold: Verdict | None) -> Judged:
         options = self._config.filters
-        made: list[Mutant] = []
-        if gold and gold.outcome is Outcome.CORRECT and gold.seconds <= SLOW_SHARE * options.mutant_deadline_s:
-            solution, seed = problem.reference["reference_solution"], f"{self._config.seed}/{problem.id}"
-            made = mutants(solution, limit=options.mutants, seed=seed, script=problem.is_script)
+        if gold is None or gold.outcome is not Outcome.CORRECT:
+            self.mutants.not_asked += 1
+            return Judged()
+        solution, seed = problem.reference["reference_solution"], f"{self._config.seed}/{problem.id}"
+        made = mutants(solution, limit=options.mutants, seed=seed, script=problem.is_script)
+        responses = [gold_response("code", {"reference_solution": mutant.source}) for mutant in made]
+        verdicts = self._hasty_pool.score_many([("code", response, problem.reference) for response in responses])
+        silent = {Outcome.VERIFIER_ERROR}
+        if gold.seconds > SLOW_SHARE * options.mutant_deadline_s:
+            silent.add(Outcome.TIMEOUT)
+        outcomes = [(mutant, v.outcome) for mutant, v in zip(made, verdicts, strict=True) if v.outcome not in silent]
+        made = [mutant for mutant, _ in outcomes]
+        survivors = [mutant for mutant, outcome in outcomes if outcome is Outcome.CORRECT]
         if len(made) < MIN_MUTANTS:
             self.mutants.not_asked += 1
             return Judged()
-        responses = [gold_response("code", {"reference_solution": mutant.source}) for mutant in made]
-        verdicts = self._hasty_pool.score_many([("code", response, problem.reference) for response in responses])
-        survivors = [mutant for mutant, v in zip(made, verdicts, strict=True) if v.outcome is Outcome.CORRECT]
         self.mutants.problems += 1
         self.mutants.made.update(mutant.kind for mutant in made)
         self.mutants.survived.update(mutant.kind for mutant in survivors)
@@ -100,6 +107,8 @@ class Judge:
     def __enter__(self) -> Judge:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.close()
         self._hasty_pool.close()

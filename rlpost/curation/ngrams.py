@@ -73,7 +73,7 @@ class Contamination:
         for name, text in texts:
             self.ids.append(name)
             hashes.append(runs(words(text), n))
-        self._sizes = np.array([len(own) for own in hashes[1:]])
+        self._sizes = np.array([len(own) for own in hashes[1:]], np.int64)
         everything, owners = np.concatenate(hashes), np.repeat(np.arange(len(self.ids), dtype=np.uint32), self._sizes)
         order = np.argsort(everything, kind="stable")
         self._hashes, self._owners = everything[order], owners[order]

@@ -22,8 +22,18 @@ class ProblemWriter:
     """
 
     def __init__(self, path: Path, *, task: str, script_tests: bool) -> None:
-        test = pyarrow.struct({"input": pyarrow.string(), "output": pyarrow.string()}) if script_tests else pyarrow.string()
-        names = ("id", "source", "problem", "url", *(("answer",) if task == "math" else ("setup", "entry_point", "solution")))
+        test = (
+            pyarrow.struct({"input": pyarrow.string(), "output": pyarrow.string()})
+            if script_tests
+            else pyarrow.string()
+        )
+        names = (
+            "id",
+            "source",
+            "problem",
+            "url",
+            *(("answer",) if task == "math" else ("setup", "entry_point", "solution")),
+        )
         fields = [pyarrow.field(name, pyarrow.string()) for name in names]
         if task == "code":
             fields += [pyarrow.field("tests", pyarrow.list_(test))]
@@ -39,7 +49,9 @@ class ProblemWriter:
     def __enter__(self) -> ProblemWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.close()
 
 
@@ -52,8 +64,8 @@ def has_script_tests(kinds: Mapping[str, bool]) -> bool:
     if len(set(kinds.values())) > 1:
         pairs = [name for name, of_pairs in kinds.items() if of_pairs]
         raise RecipeError(
-            f"source {pairs} has tests of inputs and outputs and {sorted(set(kinds) - set(pairs))} has snippets, which do not fit in"
-            " one column: curate them apart"
+            f"source {pairs} has tests of inputs and outputs and {sorted(set(kinds) - set(pairs))} has snippets, which"
+            " do not fit in one column: curate them apart"
         )
     return any(kinds.values())
 

@@ -31,8 +31,11 @@ class CurationTable(BaseModel):
     model_config = Table.model_config
 
 
-def _refuse(table: FileData, *keys: str) -> None:
-    if given := sorted(table.model_fields_set.intersection(keys)):
+POLICY_KEYS = ("chat", "max_prompt_tokens", "demonstration", "max_rejected_golds")
+
+
+def _refuse_policy_keys(table: FileData) -> None:
+    if given := sorted(table.model_fields_set.intersection(POLICY_KEYS)):
         raise ValueError(
             f"{', '.join(given)}: no policy reads these prompts yet, so this has no meaning here. Leave it to the recipe"
         )
@@ -46,7 +49,7 @@ class SourceConfig(DatasetData):
 
     @model_validator(mode="after")
     def _text_alone(self) -> SourceConfig:
-        _refuse(self, "chat", "max_prompt_tokens", "demonstration", "max_rejected_golds")
+        _refuse_policy_keys(self)
         return self
 
 
@@ -55,7 +58,7 @@ class AgainstConfig(FileData):
 
     @model_validator(mode="after")
     def _text_alone(self) -> AgainstConfig:
-        _refuse(self, "chat", "max_prompt_tokens")
+        _refuse_policy_keys(self)
         return self
 
 
@@ -65,7 +68,7 @@ class FiltersConfig(CurationTable):
     ngram: Positive | None = None
     """Words of a run that no problem may share with an evaluation set; None: 9 for math, 14 for code."""
     max_stock: Annotated[int, Field(ge=0)] = 10
-    """A run in more problems than this is a phrase of the trade: it counts only beside half of an evaluation problem. 0: none is."""
+    """A run in more problems than this is a phrase: it counts only beside half of an evaluation problem's. 0: none is."""
     duplicate_share: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Of runs that two problems share, from which on they are the same one (Jaccard)."""
     min_words: Annotated[int, Field(ge=0)] = 4
@@ -106,10 +109,14 @@ class CurationConfig(CurationTable):
     def _consistent(self) -> CurationConfig:
         for name, source in self.source.items():
             if source.task != self.task:
-                raise ValueError(f"source.{name} has task = {source.task!r} and the curation {self.task!r}: curate it apart")
+                raise ValueError(
+                    f"source.{name} has task = {source.task!r} and the curation {self.task!r}: curate it apart"
+                )
         known = [item.name for item in self.asked_texts(every=True)] + list(expensive(self.task))
         if unknown := [name for name in self.filters.skip if name not in known]:
-            raise ValueError(f"filters.skip names {unknown}; filters of task {self.task!r} that can be skipped: {known}")
+            raise ValueError(
+                f"filters.skip names {unknown}; filters of task {self.task!r} that can be skipped: {known}"
+            )
         if foreign := sorted(self.filters.model_fields_set.intersection(NOT_FOR[self.task])):
             raise ValueError(f"filters: {', '.join(foreign)} has no meaning for task = {self.task!r}: leave it out")
         return self
@@ -131,6 +138,12 @@ class CurationConfig(CurationTable):
             )
         return tuple(item for item in of_task if every or self.asks(item.name))
 
+    def settings(self) -> dict[str, Any]:
+        """Every key that has a meaning here, as plain data."""
+        of_sets = {"__all__": set(POLICY_KEYS)}
+        not_for = {"source": of_sets, "against": of_sets, "filters": set(NOT_FOR[self.task])}
+        return self.model_dump(mode="json", exclude_none=True, exclude=not_for)
+
     def definitions(self) -> dict[str, str]:
         """What each filter leaves out, in the order in which they are asked."""
         asked = {EMPTY: "the problem, its answer or its tests are missing"}
@@ -142,7 +155,8 @@ class CurationConfig(CurationTable):
             SAME_URL: "an earlier problem has the same address",
             SAME_TEXT: "an earlier problem has the same text, but for case, white space and $",
             NEAR: f"of the runs of {self.ngram} words and signs in it or an earlier problem, at least"
-            f" {self.filters.duplicate_share:.0%} are in both" + (", and the answers are equal" if self.task == "math" else ""),
+            f" {self.filters.duplicate_share:.0%} are in both"
+            + (", and the answers are equal" if self.task == "math" else ""),
             UNUSABLE: "its reference is none that a verifier can judge by",
             WRONG_GOLD: "its own verifier does not accept its answer, or its reference solution",
             WEAK_TESTS: f"more than {self.filters.max_survivors:.0%} of up to {self.filters.mutants} programs that differ from"

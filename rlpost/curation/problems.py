@@ -40,6 +40,12 @@ class Problem:
         return isinstance(self.reference["tests"][0], Mapping) and not self.reference["entry_point"]
 
 
+def qualified(name: str, row: Mapping[str, Any], index: int) -> str:
+    """The row's own id, or its number, after the name of its data set."""
+    own = str(row.get("id") or row.get("task_id") or index)
+    return own if own.startswith(f"{name}/") else f"{name}/{own}"
+
+
 @dataclass(slots=True)
 class Source:
     """A data set; its rows stay where `datasets` has mapped them."""
@@ -79,16 +85,22 @@ class Source:
     def facts(self) -> dict[str, str]:
         """Where it came from and what it was, for the card."""
         path = local_file(self.config)
-        return {"path": self.config.path} | (
-            {"split": self.config.split} if path is None else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        ) | {"rows_xxh3": self.digest.hexdigest()}
+        return (
+            {"path": self.config.path}
+            | (
+                {"split": self.config.split}
+                if path is None
+                else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            )
+            | {"rows_xxh3": self.digest.hexdigest()}
+        )
 
     def _problem(self, index: int, row: Mapping[str, Any]) -> Problem:
         config = self.config
         needed = (*PLACEHOLDER.findall(config.prompt), config.answer, config.tests)
         whole = all(row[name] not in (None, "", []) for name in needed if name)
         return Problem(
-            id=f"{self.name}/{row.get('id') or row.get('task_id') or index}",
+            id=qualified(self.name, row, index),
             source=self.name,
             row=index,
             text=fill(config.prompt, row) if whole else "",

@@ -44,7 +44,7 @@ from rlpost.curation.plan import (
     AgainstConfig,
     CurationConfig,
 )
-from rlpost.curation.problems import Problem, Source
+from rlpost.curation.problems import Problem, Source, qualified
 from rlpost.data.sources import fill, local_file, read_rows
 
 DATA, LEFT_OUT, CARD, CARD_TEXT = "data.parquet", "left_out.jsonl", "card.json", "card.md"
@@ -74,7 +74,10 @@ def curate(config: CurationConfig, output: Path, console: Console) -> int:
         console.print(f"{_count(rows):,} of {ledger.rows.total():,} rows pass the filters of texts")
         rows = _distinct(sources, rows, config, ledger, contamination)
         console.print(f"{_count(rows):,} are neither in an evaluation set nor there twice")
-        with Judge(config) as judge, ProblemWriter(partial / DATA, task=config.task, script_tests=script_tests) as writer:
+        with (
+            Judge(config) as judge,
+            ProblemWriter(partial / DATA, task=config.task, script_tests=script_tests) as writer,
+        ):
             _judged(sources, rows, ledger, judge, writer)
     card = {
         "name": config.name,
@@ -82,10 +85,10 @@ def curate(config: CurationConfig, output: Path, console: Console) -> int:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **ledger.figures(),
         "mutants": judge.mutants.figures() if judge.mutants.problems or judge.mutants.not_asked else {},
-        "sources": {source.name: source.facts() for source in sources},
+        "source": {source.name: source.facts() for source in sources},
         "against": {name: evaluation.facts() for name, evaluation in against.items()},
         "outputs": {name: _sha256(partial / name) for name in (DATA, LEFT_OUT)},
-        "settings": config.model_dump(mode="json", exclude_none=True),
+        "settings": config.settings(),
         "versions": {"rlpost": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("datasets", "math-verify", "pyarrow")},
     }
@@ -93,7 +96,11 @@ def curate(config: CurationConfig, output: Path, console: Console) -> int:
     (partial / CARD_TEXT).write_text(markdown(card), encoding="utf-8")
     partial.rename(output)
     console.print(render(card))
-    for name, meaning in ((DATA, "the problems"), (LEFT_OUT, "what was left out, and why"), (CARD_TEXT, f"the card ({CARD})")):
+    for name, meaning in (
+        (DATA, "the problems"),
+        (LEFT_OUT, "what was left out, and why"),
+        (CARD_TEXT, f"the card ({CARD})"),
+    ):
         console.print(f"{output / name}: {meaning}", markup=False, highlight=False)
     return 0
 
@@ -113,7 +120,7 @@ class _Against:
 
     def texts(self) -> Iterator[tuple[str, str]]:
         for index, row in enumerate(self.rows):
-            yield f"{self.name}/{row.get('id') or row.get('task_id') or index}", fill(self.config.prompt, row)
+            yield qualified(self.name, row, index), fill(self.config.prompt, row)
 
     def facts(self) -> dict[str, Any]:
         path = local_file(self.config)
@@ -125,7 +132,9 @@ Rows = list["array[int]"]
 """Of each source, the rows that are still in."""
 
 
-def _by_text(sources: Sequence[Source], config: CurationConfig, ledger: Ledger, contamination: ngrams.Contamination) -> Rows:
+def _by_text(
+    sources: Sequence[Source], config: CurationConfig, ledger: Ledger, contamination: ngrams.Contamination
+) -> Rows:
     filters = config.asked_texts()
     kept: Rows = []
     for source in sources:
@@ -170,12 +179,18 @@ def _distinct(
                 if config.asks(NEAR):
                     keys.frombytes(ngrams.band_keys(_runs(problem.text, config.ngram)).tobytes())
     if config.asks(NEAR):
-        kept = _without_near(sources, kept, np.frombuffer(keys, np.uint64).reshape(-1, ngrams.NUM_BANDS), config, ledger)
+        kept = _without_near(
+            sources, kept, np.frombuffer(keys, np.uint64).reshape(-1, ngrams.NUM_BANDS), config, ledger
+        )
     return [array("L", (row for number, row in kept if number == n)) for n in range(len(sources))]
 
 
 def _without_near(
-    sources: Sequence[Source], kept: list[tuple[int, int]], keys_NB: ngrams.Hashes, config: CurationConfig, ledger: Ledger
+    sources: Sequence[Source],
+    kept: list[tuple[int, int]],
+    keys_NB: ngrams.Hashes,
+    config: CurationConfig,
+    ledger: Ledger,
 ) -> list[tuple[int, int]]:
     @functools.lru_cache(CACHED_TEXTS)
     def read(place: tuple[int, int]) -> tuple[Problem, ngrams.Hashes]:
@@ -190,7 +205,9 @@ def _without_near(
         problem, own = read(place)
         for earlier, theirs in map(read, sorted({member for group in groups for member in members.get(group, ())})):
             share = ngrams.jaccard(theirs, own)
-            if share >= config.filters.duplicate_share and ngrams.squeezed(earlier.answer) == ngrams.squeezed(problem.answer):
+            if share >= config.filters.duplicate_share and ngrams.squeezed(earlier.answer) == ngrams.squeezed(
+                problem.answer
+            ):
                 _leave_out(ledger, problem, NEAR, f"{earlier.id}: {share:.0%}")
                 dropped.add(place)
                 break
@@ -224,7 +241,10 @@ def _runs(text: str, n: int) -> ngrams.Hashes:
 
 def _test_kinds(sources: Sequence[Source]) -> dict[str, bool]:
     """Of each source with a problem, whether tests are inputs and outputs."""
-    first = ((source.name, next((p for p in source.some(range(len(source.rows))) if p.reference), None)) for source in sources)
+    first = (
+        (source.name, next((p for p in source.some(range(len(source.rows))) if p.reference), None))
+        for source in sources
+    )
     return {name: not isinstance(problem.reference["tests"][0], str) for name, problem in first if problem is not None}
 
 
