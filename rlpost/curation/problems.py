@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import xxhash
@@ -27,8 +28,10 @@ class Problem:
     row: int
     text: str
     reference: Mapping[str, Any]
-    """As verifiers take it; empty where the row lacks a column that it needs."""
+    """As verifiers take it."""
     url: str | None
+    missing: tuple[str, ...] = ()
+    """Columns without a value, of those that are needed: then there is no reference."""
 
     @property
     def answer(self) -> str:
@@ -64,22 +67,15 @@ class Source:
             rows = read_rows(config, columns=named)
         except RecipeError as error:
             raise RecipeError(f"source.{name}: {error}") from error
-        used = {*PLACEHOLDER.findall(config.prompt), *named, "id", "task_id"}
-        rows = rows.select_columns([column for column in rows.column_names if column in used])
-        return cls(name, config, rows.select(range(min(len(rows), config.max_prompts or len(rows)))))
+        return cls(name, config, rows)
 
     def all(self) -> Iterator[Problem]:
         """Every problem, in order; the digest is of all of them afterwards."""
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(islice(self.rows, self.config.max_prompts)):
             self.digest.update(repr(row).encode(errors="surrogatepass"))
             yield self._problem(index, row)
 
-    def some(self, indices: Sequence[int]) -> Iterator[Problem]:
-        """Those of these rows."""
-        for index, row in zip(indices, self.rows.select(indices), strict=True):
-            yield self._problem(index, row)
-
-    def one(self, index: int) -> Problem:
+    def __getitem__(self, index: int) -> Problem:
         return self._problem(index, self.rows[index])
 
     def facts(self) -> dict[str, str]:
@@ -97,13 +93,22 @@ class Source:
 
     def _problem(self, index: int, row: Mapping[str, Any]) -> Problem:
         config = self.config
-        needed = (*PLACEHOLDER.findall(config.prompt), config.answer, config.tests)
-        whole = all(row[name] not in (None, "", []) for name in needed if name)
+        asked = [name for name in PLACEHOLDER.findall(config.prompt) if row.get(name) is None]
+        judged = [name for name in (config.answer, config.tests) if name and _is_blank(row.get(name))]
+        missing = tuple(dict.fromkeys((*asked, *judged)))
+        text = "" if asked else fill(config.prompt, row)
+        if not missing and not text.strip():
+            missing = tuple(PLACEHOLDER.findall(config.prompt))
         return Problem(
             id=qualified(self.name, row, index),
             source=self.name,
             row=index,
-            text=fill(config.prompt, row) if whole else "",
-            reference=_reference(row, config) if whole else {},
+            text=text,
+            reference={} if missing else _reference(row, config),
             url=row[config.url] if config.url else None,
+            missing=missing,
         )
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())

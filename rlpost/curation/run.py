@@ -141,8 +141,8 @@ def _by_text(
         kept.append(array("L"))
         for problem in source.all():
             ledger.rows[source.name] += 1
-            if not problem.reference or not problem.text.strip():
-                _leave_out(ledger, problem, EMPTY, "no value in a column that is needed")
+            if problem.missing:
+                _leave_out(ledger, problem, EMPTY, f"no value in {', '.join(problem.missing)}")
             elif config.task == "code" and config.asks(NO_SOLUTION) and not problem.reference.get("reference_solution"):
                 _leave_out(ledger, problem, NO_SOLUTION, "no reference solution")
             elif found := first_found(filters, problem.text, problem.answer):
@@ -163,14 +163,14 @@ def _distinct(
     kept: list[tuple[int, int]] = []
     keys = array("Q")
     for number, source in enumerate(sources):
-        for problem in source.some(rows[number]):
+        for problem in map(source.__getitem__, rows[number]):
             first = places.get(text := ngrams.squeezed(problem.text))
             if config.asks(CONTAMINATED) and (found := contamination.find(problem.text)):
                 _leave_out(ledger, problem, CONTAMINATED, f"{found[0]}: {found[1]}")
             elif problem.url and config.asks(SAME_URL) and problem.url in urls:
                 _leave_out(ledger, problem, SAME_URL, f"{urls[problem.url]}: {problem.url}")
             elif first is not None and config.asks(SAME_TEXT):
-                _leave_out(ledger, problem, SAME_TEXT, sources[first[0]].one(first[1]).id)
+                _leave_out(ledger, problem, SAME_TEXT, sources[first[0]][first[1]].id)
             else:
                 places.setdefault(text, (number, problem.row))
                 if problem.url:
@@ -194,7 +194,7 @@ def _without_near(
 ) -> list[tuple[int, int]]:
     @functools.lru_cache(CACHED_TEXTS)
     def read(place: tuple[int, int]) -> tuple[Problem, ngrams.Hashes]:
-        problem = sources[place[0]].one(place[1])
+        problem = sources[place[0]][place[1]]
         return problem, _runs(problem.text, config.ngram)
 
     members: dict[int, list[tuple[int, int]]] = {}
@@ -220,7 +220,7 @@ def _without_near(
 def _judged(sources: Sequence[Source], rows: Rows, ledger: Ledger, judge: Judge, writer: ProblemWriter) -> None:
     for source, of_source in zip(sources, rows, strict=True):
         for start in range(0, len(of_source), CHUNK):
-            problems = list(source.some(of_source[start : start + CHUNK]))
+            problems = [source[row] for row in of_source[start : start + CHUNK]]
             kept = []
             for problem, judged in zip(problems, judge.judge(problems), strict=True):
                 if judged.filter is not None:
@@ -241,11 +241,13 @@ def _runs(text: str, n: int) -> ngrams.Hashes:
 
 def _test_kinds(sources: Sequence[Source]) -> dict[str, bool]:
     """Of each source with a problem, whether tests are inputs and outputs."""
-    first = (
-        (source.name, next((p for p in source.some(range(len(source.rows))) if p.reference), None))
+    first = {
+        source.name: next(
+            (problem for problem in map(source.__getitem__, range(len(source.rows))) if not problem.missing), None
+        )
         for source in sources
-    )
-    return {name: not isinstance(problem.reference["tests"][0], str) for name, problem in first if problem is not None}
+    }
+    return {name: not isinstance(p.reference["tests"][0], str) for name, p in first.items() if p is not None}
 
 
 def _count(rows: Rows) -> int:

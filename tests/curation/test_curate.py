@@ -17,7 +17,10 @@ from rlpost.data.sources import load_dataset_prompts
 from tests.data.test_sources import ByteTokenizer, write_jsonl
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "data"
-STORY = "A farmer has {} cows and sells three of them to his neighbour, who pays {} coins for each cow and keeps all of them; "
+STORY = (
+    "A farmer has {} cows and sells three of them to his neighbour, who pays {} coins for each cow and keeps all of them until"
+    " the next summer, when both go to the market of the town together and find out that nobody buys any cows there; "
+)
 MATH = {
     "kept": (STORY.format(12, 40) + "how many coins does the farmer get in the end?", "120"),
     "copy": (STORY.format(12, 40).upper() + "how  many coins does the farmer get in the end?", "7"),
