@@ -242,13 +242,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _data(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from reward.sandbox import TierError
     from rlpost.config import RecipeError
     from rlpost.curation.plan import load_curation
     from rlpost.curation.run import curate
 
     try:
         return curate(load_curation(arguments.curation, arguments.overrides), arguments.output, Console(soft_wrap=True))
-    except RecipeError as error:
+    except (RecipeError, TierError) as error:
         return _stopped(str(error), exit_codes.USAGE)
 
 

@@ -1,7 +1,7 @@
 """A curation from end to end: three passes over the rows, the cheap filters first.
 
     1. text filters; which runs of words are phrases        holds row numbers
-    2. contamination, same address, same text, MinHash      holds about 300 bytes a problem
+    2. contamination, same address, same text, MinHash      holds some 600 bytes a problem
        near duplicates: only problems that share a band     reads those again
     3. golds, weak tests                                    256 problems at a time
 
@@ -45,7 +45,7 @@ from rlpost.curation.plan import (
     CurationConfig,
 )
 from rlpost.curation.problems import Problem, Source, qualified
-from rlpost.data.sources import fill, local_file, read_rows
+from rlpost.data.sources import check_filled, fill, local_file, read_rows
 
 DATA, LEFT_OUT, CARD, CARD_TEXT = "data.parquet", "left_out.jsonl", "card.json", "card.md"
 CHUNK = 256
@@ -68,16 +68,13 @@ def curate(config: CurationConfig, output: Path, console: Console) -> int:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with (partial / LEFT_OUT).open("w", encoding="utf-8") as left_out:
+    with Judge(config) as judge, (partial / LEFT_OUT).open("w", encoding="utf-8") as left_out:
         ledger = Ledger(config.definitions(), left_out)
         rows = _by_text(sources, config, ledger, contamination)
         console.print(f"{_count(rows):,} of {ledger.rows.total():,} rows pass the filters of texts")
         rows = _distinct(sources, rows, config, ledger, contamination)
         console.print(f"{_count(rows):,} are neither in an evaluation set nor there twice")
-        with (
-            Judge(config) as judge,
-            ProblemWriter(partial / DATA, task=config.task, script_tests=script_tests) as writer,
-        ):
+        with ProblemWriter(partial / DATA, task=config.task, script_tests=script_tests) as writer:
             _judged(sources, rows, ledger, judge, writer)
     card = {
         "name": config.name,
@@ -120,6 +117,7 @@ class _Against:
 
     def texts(self) -> Iterator[tuple[str, str]]:
         for index, row in enumerate(self.rows):
+            check_filled(row, index, self.config)
             yield qualified(self.name, row, index), fill(self.config.prompt, row)
 
     def facts(self) -> dict[str, Any]:
