@@ -70,7 +70,7 @@ class Judge:
         for index, gold in zip(usable, golds, strict=True):
             if gold is not None and gold.outcome is not Outcome.CORRECT and config.asks(WRONG_GOLD):
                 judged[index] = Judged(filter=WRONG_GOLD, detail=f"{gold.outcome.value}: {gold.detail}")
-            elif config.task == "code" and config.asks(WEAK_TESTS):
+            elif config.asks(WEAK_TESTS):
                 judged[index] = self._mutated(problems[index], gold)
         return [item or Judged() for item in judged]
 

@@ -18,10 +18,13 @@ EMPTY, UNUSABLE = "empty", "unusable"
 NO_SOLUTION, CONTAMINATED, SAME_URL, SAME_TEXT, NEAR, WRONG_GOLD, WEAK_TESTS = (
     "no_solution", "contaminated", "same_url", "same_text", "near_duplicate", "wrong_gold", "weak_tests",
 )  # fmt: skip
+NOT_OF = {"math": (NO_SOLUTION, SAME_URL, WEAK_TESTS), "code": ()}
+"""Filters that a task does not have. A page may hold several problems of math."""
 NOT_FOR = {
     "math": ("mutants", "mutant_deadline_s", "max_survivors"),
     "code": ("min_words", "max_foreign", "max_answer_chars"),
 }
+"""Keys of [filters] that have no meaning for a task."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -112,7 +115,7 @@ class CurationConfig(CurationTable):
                 raise ValueError(
                     f"source.{name} has task = {source.task!r} and the curation {self.task!r}: curate it apart"
                 )
-        known = [item.name for item in self.asked_texts(every=True)] + list(expensive(self.task))
+        known = [name for name in self._every() if name not in (EMPTY, UNUSABLE, *NOT_OF[self.task])]
         if unknown := [name for name in self.filters.skip if name not in known]:
             raise ValueError(
                 f"filters.skip names {unknown}; filters of task {self.task!r} that can be skipped: {known}"
@@ -126,17 +129,19 @@ class CurationConfig(CurationTable):
         return self.filters.ngram or NGRAM[self.task]
 
     def asks(self, name: str) -> bool:
-        return name not in self.filters.skip
+        return name not in self.filters.skip and name not in NOT_OF[self.task]
 
-    def asked_texts(self, *, every: bool = False) -> tuple[TextFilter, ...]:
+    def asked_texts(self) -> tuple[TextFilter, ...]:
         """The filters of texts, in their order."""
+        return tuple(item for item in self._texts() if self.asks(item.name))
+
+    def _texts(self) -> tuple[TextFilter, ...]:
+        if self.task == "code":
+            return CODE_FILTERS
         options = self.filters
-        of_task = CODE_FILTERS
-        if self.task == "math":
-            of_task = math_filters(
-                min_words=options.min_words, max_answer_chars=options.max_answer_chars, max_foreign=options.max_foreign
-            )
-        return tuple(item for item in of_task if every or self.asks(item.name))
+        return math_filters(
+            min_words=options.min_words, max_answer_chars=options.max_answer_chars, max_foreign=options.max_foreign
+        )
 
     def settings(self) -> dict[str, Any]:
         """Every key that has a meaning here, as plain data."""
@@ -146,35 +151,31 @@ class CurationConfig(CurationTable):
 
     def definitions(self) -> dict[str, str]:
         """What each filter leaves out, in the order in which they are asked."""
-        asked = {EMPTY: "the problem, its answer or its tests are missing"}
-        more = {
+        return {name: text for name, text in self._every().items() if self.asks(name)}
+
+    def _every(self) -> dict[str, str]:
+        filters = self.filters
+        return {
+            EMPTY: "the problem, its answer or its tests are missing",
             NO_SOLUTION: "it has no reference solution to check its tests with",
-            **{item.name: item.definition for item in self.asked_texts()},
+            **{item.name: item.definition for item in self._texts()},
             CONTAMINATED: f"it shares a run of {self.ngram} words with an evaluation problem, or is one shorter than that"
             + self._stock(),
             SAME_URL: "an earlier problem has the same address",
             SAME_TEXT: "an earlier problem has the same text, but for case, white space and $",
             NEAR: f"of the runs of {self.ngram} words and signs in it or an earlier problem, at least"
-            f" {self.filters.duplicate_share:.0%} are in both"
+            f" {filters.duplicate_share:.0%} are in both"
             + (", and the answers are equal" if self.task == "math" else ""),
             UNUSABLE: "its reference is none that a verifier can judge by",
             WRONG_GOLD: "its own verifier does not accept its answer, or its reference solution",
-            WEAK_TESTS: f"more than {self.filters.max_survivors:.0%} of up to {self.filters.mutants} programs that differ from"
-            " the reference solution in one place pass its tests",
+            WEAK_TESTS: f"more than {filters.max_survivors:.0%} of up to {filters.mutants} programs that differ from the"
+            " reference solution in one place pass its tests",
         }
-        absent = {"math": (NO_SOLUTION, SAME_URL, WEAK_TESTS), "code": ()}[self.task]
-        return asked | {name: text for name, text in more.items() if self.asks(name) and name not in absent}
 
     def _stock(self) -> str:
         if not self.filters.max_stock:
             return ""
         return f"; a run in more than {self.filters.max_stock} problems counts only beside half of an evaluation problem's runs"
-
-
-def expensive(task: str) -> tuple[str, ...]:
-    """Filters, beside those of texts, that can be skipped."""
-    of_both = (CONTAMINATED, SAME_TEXT, NEAR, WRONG_GOLD)
-    return of_both if task == "math" else (NO_SOLUTION, SAME_URL, *of_both, WEAK_TESTS)
 
 
 def load_curation(path: Path, overrides: Sequence[str] = ()) -> CurationConfig:

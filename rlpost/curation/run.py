@@ -141,7 +141,7 @@ def _by_text(
             ledger.rows[source.name] += 1
             if problem.missing:
                 _leave_out(ledger, problem, EMPTY, f"no value in {', '.join(problem.missing)}")
-            elif config.task == "code" and config.asks(NO_SOLUTION) and not problem.reference.get("reference_solution"):
+            elif config.asks(NO_SOLUTION) and not problem.reference.get("reference_solution"):
                 _leave_out(ledger, problem, NO_SOLUTION, "no reference solution")
             elif found := first_found(filters, problem.text, problem.answer):
                 _leave_out(ledger, problem, *found)

@@ -134,6 +134,7 @@ def test_what_has_no_meaning_is_refused_before_anything_is_written(tmp_path: Pat
     for override, message in (
         ("filters.ngrams=9", r"filters.ngrams: no such key; did you mean 'ngram'\?"),
         ('filters.skip=["prove"]', r"filters.skip names \['prove'\]"),
+        ('filters.skip=["unusable"]', r"filters.skip names .*can be skipped: \['too_short'"),
         ("filters.mutants=3", "filters: mutants has no meaning for task = 'math'"),
         ("source.a.chat=true", "chat: no policy reads these prompts yet"),
         ("source.a.task=code", "source.a.*tests"),
