@@ -102,7 +102,7 @@ CODE = {
     ),
     "weak": ("Give back the double of any number.", DOUBLED, ["assert double(0) == 0"], "u/2"),
     "wrong": ("Give twice a number.", "def double(x):\n    return x", ["assert double(2) == 4"], "u/3"),
-    "bare": ("Make it twice the number.", "", ["assert double(2) == 4"], "u/4"),
+    "bare": ("Make it twice the number.", None, ["assert double(2) == 4"], "u/4"),
     "moved": ("Double the number that is given.", DOUBLED, ["assert double(2) == 4"], "u/1"),
 }
 
@@ -127,6 +127,22 @@ def test_code_needs_a_solution_that_passes_and_tests_that_notice_mistakes(tmp_pa
     (kept,) = datasets.load_dataset("parquet", data_files=str(output / "data.parquet"), split="train")
     assert kept["id"] == "a/strong" and kept["mutants"] > 8 and kept["survivors"] == 0
     assert kept["tests"] == CODE["strong"][2] and kept["entry_point"] == "double" and kept["solution"] == DOUBLED
+
+
+def test_scripts_keep_their_inputs_and_outputs_and_are_curated_apart_from_functions(tmp_path: Path) -> None:
+    """Seven mutants: n + 2, - 1, 3 n, 1 n, + 2, + 0, and no print."""
+    script = {"text": "Print twice a number and one more.", "code": "n = int(input())\nprint(n * 2 + 1)"}
+    script["tests"] = [{"input": f"{n}\n", "output": f"{2 * n + 1}\n"} for n in (0, 3, -2)]
+    scripts = write_jsonl(tmp_path / "scripts.jsonl", [script])
+    functions = write_jsonl(tmp_path / "functions.jsonl", [script | {"tests": ["assert f(2) == 4"]}])
+    source = 'path = "{}"\nprompt = "{{text}}"\ntests = "tests"\nsolution = "code"\n'
+    toml = f'name = "small"\ntask = "code"\n[source.a]\n{source.format(scripts)}'
+    with pytest.raises(RecipeError, match=r"source \['a'\] has tests of inputs .* \['b'\] has snippets"):
+        curated(tmp_path, f"{toml}[source.b]\n{source.format(functions)}")
+    output, _, left_out = curated(tmp_path, toml)
+    (kept,) = datasets.load_dataset("parquet", data_files=str(output / "data.parquet"), split="train")
+    assert not left_out and kept["tests"] == script["tests"] and kept["entry_point"] is None
+    assert (kept["mutants"], kept["survivors"]) == (7, 0)
 
 
 def test_what_has_no_meaning_is_refused_before_anything_is_written(tmp_path: Path) -> None:
