@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -83,11 +84,7 @@ class Source:
         path = local_file(self.config)
         return (
             {"path": self.config.path}
-            | (
-                {"split": self.config.split}
-                if path is None
-                else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            )
+            | ({"split": self.config.split} if path is None else {"sha256": sha256(path)})
             | {"rows_xxh3": self.digest.hexdigest()}
         )
 
@@ -112,3 +109,8 @@ class Source:
 
 def _is_blank(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

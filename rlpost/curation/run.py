@@ -12,7 +12,6 @@ held as hashes, 12 bytes a run.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import platform
 import shutil
@@ -44,7 +43,7 @@ from rlpost.curation.plan import (
     AgainstConfig,
     CurationConfig,
 )
-from rlpost.curation.problems import Problem, Source, qualified
+from rlpost.curation.problems import Problem, Source, qualified, sha256
 from rlpost.data.sources import check_filled, fill, local_file, read_rows
 
 DATA, LEFT_OUT, CARD, CARD_TEXT = "data.parquet", "left_out.jsonl", "card.json", "card.md"
@@ -84,7 +83,7 @@ def curate(config: CurationConfig, output: Path, console: Console) -> int:
         "mutants": judge.mutants.figures() if judge.mutants.problems or judge.mutants.not_asked else {},
         "source": {source.name: source.facts() for source in sources},
         "against": {name: evaluation.facts() for name, evaluation in against.items()},
-        "outputs": {name: _sha256(partial / name) for name in (DATA, LEFT_OUT)},
+        "outputs": {name: sha256(partial / name) for name in (DATA, LEFT_OUT)},
         "settings": config.settings(),
         "versions": {"rlpost": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("datasets", "math-verify", "pyarrow")},
@@ -122,7 +121,7 @@ class _Against:
 
     def facts(self) -> dict[str, Any]:
         path = local_file(self.config)
-        where = {"split": self.config.split} if path is None else {"sha256": _sha256(path)}
+        where = {"split": self.config.split} if path is None else {"sha256": sha256(path)}
         return {"path": self.config.path, **where, "rows": len(self.rows)}
 
 
@@ -191,22 +190,22 @@ def _without_near(
     ledger: Ledger,
 ) -> list[tuple[int, int]]:
     @functools.lru_cache(CACHED_TEXTS)
-    def read(place: tuple[int, int]) -> tuple[Problem, ngrams.Hashes]:
+    def read(place: tuple[int, int]) -> tuple[str, int, ngrams.Hashes]:
         problem = sources[place[0]][place[1]]
-        return problem, _runs(problem.text, config.ngram)
+        return problem.id, ngrams.squeezed(problem.answer), _runs(problem.text, config.ngram)
 
     members: dict[int, list[tuple[int, int]]] = {}
     """Of each group of texts that share a key, those that are still in."""
     dropped: set[tuple[int, int]] = set()
     for index, groups in sorted(ngrams.candidate_groups(keys_NB).items()):
         place = kept[index]
-        problem, own = read(place)
-        for earlier, theirs in map(read, sorted({member for group in groups for member in members.get(group, ())})):
+        _, own_answer, own = read(place)
+        for earlier, answer, theirs in map(
+            read, sorted({member for group in groups for member in members.get(group, ())})
+        ):
             share = ngrams.jaccard(theirs, own)
-            if share >= config.filters.duplicate_share and ngrams.squeezed(earlier.answer) == ngrams.squeezed(
-                problem.answer
-            ):
-                _leave_out(ledger, problem, NEAR, f"{earlier.id}: {share:.0%}")
+            if share >= config.filters.duplicate_share and answer == own_answer:
+                _leave_out(ledger, sources[place[0]][place[1]], NEAR, f"{earlier}: {share:.0%}")
                 dropped.add(place)
                 break
         else:
@@ -250,8 +249,3 @@ def _test_kinds(sources: Sequence[Source]) -> dict[str, bool]:
 
 def _count(rows: Rows) -> int:
     return sum(map(len, rows))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
