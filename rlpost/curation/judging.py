@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from reward import Outcome, RewardPool, Verdict, check_reference, gold_response
-from rlpost.curation.mutants import mutants
+from rlpost.curation.mutants import Mutant, mutants
 from rlpost.curation.plan import UNUSABLE, WEAK_TESTS, WRONG_GOLD, CurationConfig
 from rlpost.curation.problems import Problem
 from rlpost.data.sources import judge_golds
 
 MIN_MUTANTS = 4
 """Of fewer, a share says nothing."""
+FIRST_TESTS = 5
 SLOW_SHARE = 0.25
 """Of a mutant's deadline. Where the solution itself takes longer, a mutant can be late and right: late ones are not counted."""
 
@@ -81,14 +82,14 @@ class Judge:
             return Judged()
         solution, seed = problem.reference["reference_solution"], f"{self._config.seed}/{problem.id}"
         made = mutants(solution, limit=options.mutants, seed=seed, script=problem.is_script)
-        responses = [gold_response("code", {"reference_solution": mutant.source}) for mutant in made]
-        verdicts = self._hasty_pool.score_many([("code", response, problem.reference) for response in responses])
-        silent = {Outcome.VERIFIER_ERROR}
-        if gold.seconds > SLOW_SHARE * options.mutant_deadline_s:
-            silent.add(Outcome.TIMEOUT)
-        outcomes = [(mutant, v.outcome) for mutant, v in zip(made, verdicts, strict=True) if v.outcome not in silent]
-        made = [mutant for mutant, _ in outcomes]
-        survivors = [mutant for mutant, outcome in outcomes if outcome is Outcome.CORRECT]
+        # Most fail at once, so all the tests are for those that pass the first ones.
+        first = {**problem.reference, "tests": problem.reference["tests"][:FIRST_TESTS]}
+        made, survivors = self._put_to(first, made, self._hasty_pool, options.mutant_deadline_s, gold)
+        if len(problem.reference["tests"]) > FIRST_TESTS:
+            wrong = [mutant for mutant in made if mutant not in survivors]
+            deadline_s = self._config.verifier.code.deadline_s
+            judged, survivors = self._put_to(problem.reference, survivors, self._pool, deadline_s, gold)
+            made = wrong + judged
         if len(made) < MIN_MUTANTS:
             self.mutants.not_asked += 1
             return Judged()
@@ -103,6 +104,17 @@ class Judge:
             num_mutants=len(made),
             num_survivors=len(survivors),
         )
+
+    def _put_to(
+        self, reference: Mapping[str, Any], made: list[Mutant], pool: RewardPool, deadline_s: float, gold: Verdict
+    ) -> tuple[list[Mutant], list[Mutant]]:
+        """Those that could be judged, and of these those that pass."""
+        items = [("code", gold_response("code", {"reference_solution": mutant.source}), reference) for mutant in made]
+        silent = {Outcome.VERIFIER_ERROR} | ({Outcome.TIMEOUT} if gold.seconds > SLOW_SHARE * deadline_s else set())
+        outcomes = [
+            (m, v.outcome) for m, v in zip(made, pool.score_many(items), strict=True) if v.outcome not in silent
+        ]
+        return [m for m, _ in outcomes], [m for m, outcome in outcomes if outcome is Outcome.CORRECT]
 
     def __enter__(self) -> Judge:
         return self

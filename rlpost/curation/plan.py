@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlpost.config import DatasetData, FileData, Positive, RecipeError, Table, VerifierConfig
 from rlpost.curation.filters import CODE_FILTERS, TextFilter, math_filters
+from rlpost.data.adapters import defaults_of
 from rlpost.recipe import explain, override_tree, read_tree
 
 NGRAM = {"math": 9, "code": 14}
@@ -58,6 +59,17 @@ class SourceConfig(DatasetData):
 
 class AgainstConfig(FileData):
     """An evaluation set; `prompt` is the text that must not be trained on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapted(cls, table: Any) -> Any:
+        """Of an adapter only where its data lies: no column that it makes is needed."""
+        if not isinstance(table, dict) or table.get("adapter") is None:
+            return table
+        given = {**defaults_of(str(table["adapter"]), "dataset"), **table}
+        return {name: value for name, value in given.items() if name in table or name in cls.model_fields} | {
+            "adapter": None
+        }
 
     @model_validator(mode="after")
     def _text_alone(self) -> AgainstConfig:
@@ -156,7 +168,7 @@ class CurationConfig(CurationTable):
     def _every(self) -> dict[str, str]:
         filters = self.filters
         return {
-            EMPTY: "the problem, its answer or its tests are missing",
+            EMPTY: "the problem, its answer or its tests are missing, or its adapter can make nothing of it",
             NO_SOLUTION: "it has no reference solution to check its tests with",
             **{item.name: item.definition for item in self._texts()},
             CONTAMINATED: f"it shares a run of {self.ngram} words with an evaluation problem, or is one shorter than that"

@@ -31,8 +31,8 @@ class Problem:
     reference: Mapping[str, Any]
     """As verifiers take it."""
     url: str | None
-    missing: tuple[str, ...] = ()
-    """Columns without a value, of those that are needed: then there is no reference."""
+    missing: str = ""
+    """Columns without a value, of those that are needed, or an adapter's reason: then there is no reference."""
 
     @property
     def answer(self) -> str:
@@ -92,10 +92,10 @@ class Source:
         config = self.config
         asked = [name for name in PLACEHOLDER.findall(config.prompt) if row.get(name) is None]
         judged = [name for name in (config.answer, config.tests) if name and _is_blank(row.get(name))]
-        missing = tuple(dict.fromkeys((*asked, *judged)))
-        text = "" if asked else fill(config.prompt, row)
+        missing = row.get("left_out") or ", ".join(dict.fromkeys((*asked, *judged)))
+        text = "" if missing else fill(config.prompt, row)
         if not missing and not text.strip():
-            missing = tuple(PLACEHOLDER.findall(config.prompt))
+            missing = config.prompt
         return Problem(
             id=qualified(self.name, row, index),
             source=self.name,

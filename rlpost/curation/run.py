@@ -139,7 +139,7 @@ def _by_text(
         for problem in source.all():
             ledger.rows[source.name] += 1
             if problem.missing:
-                _leave_out(ledger, problem, EMPTY, f"no value in {', '.join(problem.missing)}")
+                _leave_out(ledger, problem, EMPTY, f"without: {problem.missing}")
             elif config.asks(NO_SOLUTION) and not problem.reference.get("reference_solution"):
                 _leave_out(ledger, problem, NO_SOLUTION, "no reference solution")
             elif found := first_found(filters, problem.text, problem.answer):

@@ -85,6 +85,28 @@ def test_every_math_problem_is_kept_or_left_out_with_its_reason(tmp_path: Path) 
     assert "| near_duplicate | 1 | 0 | 1 |" in text and "a ship sails north" in text
 
 
+def test_adapters_name_columns_and_their_reasons_are_kept(tmp_path: Path) -> None:
+    valid = {"problem_is_valid": "Yes", "solution_is_valid": "Yes", "question_type": "math-word-problem"}
+    rows = [
+        {"problem": "What is the sum of the first seven odd numbers?", "answer": "49", **valid},
+        {"problem": "What is the sum of the first eight odd numbers?", "answer": "notfound", **valid},
+        {"problem": EVALUATION, "answer": "54", **valid},
+    ]
+    path, against = (
+        write_jsonl(tmp_path / "n.jsonl", rows),
+        write_jsonl(tmp_path / "m.jsonl", [{"problem": EVALUATION}]),
+    )
+    toml = (
+        f'name = "small"\ntask = "math"\n[source.n]\nadapter = "numinamath"\npath = "{path}"\nprompt = "{{problem}}"\n'
+        f'[against.m]\nadapter = "math500"\npath = "{against}"\nprompt = "{{problem}}"\n'
+    )
+    _, card, left_out = curated(tmp_path, toml)
+    assert {name: (line["filter"], line["detail"][:10]) for name, line in left_out.items()} == {
+        "n/1": ("empty", "without: n"), "n/2": ("contaminated", "m/0: a shi"),
+    }  # fmt: skip
+    assert left_out["n/1"]["detail"] == "without: no_answer" and card["kept"] == {"n": 1}
+
+
 def test_filters_that_are_skipped_take_nothing(tmp_path: Path) -> None:
     skip = 'filters.skip=["multi_part","contaminated","same_text","near_duplicate"]'
     _, card, left_out = curated(tmp_path, math_toml(tmp_path), skip)
