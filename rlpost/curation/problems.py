@@ -13,7 +13,7 @@ import xxhash
 
 from rlpost.config import RecipeError
 from rlpost.curation.plan import SourceConfig
-from rlpost.data.sources import PLACEHOLDER, _reference, fill, local_file, read_rows
+from rlpost.data.sources import PLACEHOLDER, fill, local_file, read_rows, reference_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ class Source:
             source=self.name,
             row=index,
             text=text,
-            reference={} if missing else _reference(row, config),
+            reference={} if missing else reference_of(row, config),
             url=row[config.url] if config.url else None,
             missing=missing,
         )

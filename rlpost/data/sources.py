@@ -107,7 +107,7 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike) -> Promp
 
 
 def _dataset_prompt(row: Mapping[str, Any], index: int, config: DatasetData, tokenizer: TokenizerLike) -> Prompt:
-    text, reference = fill(config.prompt, row), _reference(row, config)
+    text, reference = fill(config.prompt, row), reference_of(row, config)
     return Prompt(
         id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
         token_ids=prompt_ids(text, config, tokenizer),
@@ -259,7 +259,8 @@ def prompt_ids(text: str, config: FileData, tokenizer: TokenizerLike) -> tuple[i
     return tuple(ids)
 
 
-def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]:
+def reference_of(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]:
+    """What the row's verifier judges by."""
     if config.task == "math":
         assert config.answer is not None
         answer = str(row[config.answer])
