@@ -50,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--samples", type=int, metavar="N", help="of each problem (default: as the eval sets say)")
     evaluate.add_argument("--temperature", type=float, help="(default: as the eval sets say)")
 
+    data = commands.add_parser(
+        "data",
+        help="curate prompt data sets: filters, decontamination, gold checks, and a data card",
+        description="Write the problems of the [source] tables that no filter leaves out, with a card that counts and explains.",
+    )
+    data.add_argument("curation", type=Path)
+    data.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="for example source.numina.path=numina.jsonl.gz"
+    )
+    data.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY")
+
     study = commands.add_parser("study", help="make the runs of a study, analyze and compare their updates")
     study.add_argument("study", type=Path, metavar="STUDY")
     study.add_argument("--dry-run", action="store_true", help="print the runs and start none")
@@ -142,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments)
         if arguments.command == "eval":
             return _eval(arguments)
+        if arguments.command == "data":
+            return _data(arguments)
         if arguments.command == "study":
             return _study(arguments)
         if arguments.command == "summary":
@@ -223,6 +236,20 @@ def _eval(arguments: argparse.Namespace) -> int:
 
         return evaluate_models(recipe, models, arguments.output, Console(soft_wrap=True))
     except ValueError as error:  # RecipeError too
+        return _stopped(str(error), exit_codes.USAGE)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from reward.sandbox import TierError
+    from rlpost.config import RecipeError
+    from rlpost.curation.plan import load_curation
+    from rlpost.curation.run import curate
+
+    try:
+        return curate(load_curation(arguments.curation, arguments.overrides), arguments.output, Console(soft_wrap=True))
+    except (RecipeError, TierError) as error:
         return _stopped(str(error), exit_codes.USAGE)
 
 

@@ -24,20 +24,26 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: naming every wrong key at once.
     """
+    return build_recipe(read_tree(path, "recipe"), overrides)
+
+
+def read_tree(path: Path, kind: str) -> dict[str, Any]:
+    """The parsed file.
+
+    Raises:
+        RecipeError: there is none, or it is not TOML.
+    """
     if not path.is_file():
-        raise RecipeError(f"no recipe at {path}")
+        raise RecipeError(f"no {kind} at {path}")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    return build_recipe(tree, overrides)
 
 
 def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the parsed file."""
-    raw: dict[str, Any] = _thaw(tree)
-    for override in overrides:
-        _apply_override(raw, override)
+    raw = override_tree(tree, overrides)
     defaults = raw.pop("defaults", {})
     if not isinstance(defaults, dict):
         raise RecipeError(f"defaults = {defaults!r} is a value, not a table of stage keys")
@@ -50,6 +56,14 @@ def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reci
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def override_tree(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy with each key.path=value in its place."""
+    raw: dict[str, Any] = _thaw(tree)
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
 def _inherit(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:

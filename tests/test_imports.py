@@ -17,6 +17,7 @@ ALLOWED = {
     "pipeline": {"types", "core"},
     "engines": {"types", "core", "data"},
     "data": {"types", "config"},
+    "curation": {"config", "data", "recipe"},
     "tracking": {"progress"},
     "progress": set(),
     "checkpoint": {"pipeline"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "workers": {"types", "core", "config", "pipeline", "engines"},
     "evaluate": {"types", "archive", "config", "eval_report", "exit_codes", "pipeline", "plan", "run", "run_directory", "stages", "tracking", "workers"},
     "eval_report": {"core"},
-    "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive", "analysis", "study", "evaluate"},
+    "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive", "analysis", "study", "evaluate", "curation"},
     "run_directory": {"config", "checkpoint", "engines", "pipeline", "tracking"},
     "stages": {"types", "core", "config", "data", "engines", "pipeline", "checkpoint"},
     "run": {"analysis", "archive", "config", "exit_codes", "data", "pipeline", "workers", "tracking", "checkpoint", "plan", "run_directory", "stages", "summary"},
@@ -45,7 +46,7 @@ ONLY_IN = {
     "ray": "rlpost/workers/",
     "matplotlib": "rlpost/analysis/",
     "jinja2": "rlpost/analysis/report.py",
-    "pyarrow": "rlpost/analysis/output.py",
+    "pyarrow": "/output.py",
 }
 MODULES = sorted(p for package in ("rlpost", "reward") for p in (ROOT / package).rglob("*.py"))
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from rlpost.data.adapters import ADAPTERS, Adapter
 from rlpost.data.generated import FAMILIES, problems
 from rlpost.data.prompts import Prompts, problem_digest
 from rlpost.types import Prompt
+
+if TYPE_CHECKING:
+    from reward import RewardPool, Verdict
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """A column's name in a prompt template."""
@@ -104,7 +107,7 @@ def load_dataset_prompts(config: DatasetData, tokenizer: TokenizerLike) -> Promp
 
 
 def _dataset_prompt(row: Mapping[str, Any], index: int, config: DatasetData, tokenizer: TokenizerLike) -> Prompt:
-    text, reference = fill(config.prompt, row), _reference(row, config)
+    text, reference = fill(config.prompt, row), reference_of(row, config)
     return Prompt(
         id=str(row.get("id") or row.get("task_id") or f"{Path(config.path).name}/{index}"),
         token_ids=prompt_ids(text, config, tokenizer),
@@ -256,7 +259,8 @@ def prompt_ids(text: str, config: FileData, tokenizer: TokenizerLike) -> tuple[i
     return tuple(ids)
 
 
-def _reference(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]:
+def reference_of(row: Mapping[str, Any], config: DatasetData) -> Mapping[str, Any]:
+    """What the row's verifier judges by."""
     if config.task == "math":
         assert config.answer is not None
         answer = str(row[config.answer])
@@ -301,7 +305,7 @@ def check_golds(prompts: Prompts, *, max_rejected: float, verifier: VerifierConf
     Raises:
         RecipeError: as soon as more than `max_rejected` of the golds must be rejected, with examples.
     """
-    from reward import Outcome, RewardPool, check_reference, gold_response
+    from reward import Outcome, RewardPool, check_reference
 
     rejected_P = np.zeros(len(prompts), np.bool_)
     num_checked, examples = 0, list[str]()
@@ -313,12 +317,9 @@ def check_golds(prompts: Prompts, *, max_rejected: float, verifier: VerifierConf
                     check_reference(prompt.task, prompt.reference)
                 except ValueError as error:
                     raise RecipeError(f"prompt {prompt.id} cannot be judged: {error}") from error
-            # A code problem without a reference solution has no gold to check.
-            checked = [i for i, p in enumerate(batch) if p.task == "math" or p.reference.get("reference_solution")]
-            golds = [(p.task, gold_response(p.task, p.reference), p.reference) for p in map(batch.__getitem__, checked)]
-            num_checked += len(checked)
-            for i, verdict in zip(checked, pool.score_many(golds), strict=True):
-                if verdict.outcome is not Outcome.CORRECT:
+            for i, verdict in enumerate(judge_golds([(prompt.task, prompt.reference) for prompt in batch], pool)):
+                num_checked += verdict is not None
+                if verdict is not None and verdict.outcome is not Outcome.CORRECT:
                     rejected_P[start + i] = True
                     examples.append(f"{batch[i].id}: {verdict.outcome.value} {verdict.detail}"[:200])
             num_left = len(prompts) - start - len(batch)
@@ -328,3 +329,14 @@ def check_golds(prompts: Prompts, *, max_rejected: float, verifier: VerifierConf
                     f" ({'; '.join(examples[:3])}). Mend the data, or leave these prompts out with max_rejected_golds"
                 )
     return prompts.without(rejected_P, "gold_rejected")
+
+
+def judge_golds(golds: Sequence[tuple[str, Mapping[str, Any]]], pool: RewardPool) -> list[Verdict | None]:
+    """The verdict of its own verifier on the gold answer of each task and reference; None for code without a reference
+    solution, which has none to judge."""
+    from reward import gold_response
+
+    checked = [i for i, (task, reference) in enumerate(golds) if task == "math" or reference.get("reference_solution")]
+    items = [(task, gold_response(task, reference), reference) for task, reference in map(golds.__getitem__, checked)]
+    verdicts = dict(zip(checked, pool.score_many(items), strict=True))
+    return [verdicts.get(i) for i in range(len(golds))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlpost.checkpoint import EXPORTS
 from rlpost.config import Dtype, Recipe, RecipeError, Table
-from rlpost.recipe import explain, load_recipe
+from rlpost.recipe import explain, load_recipe, read_tree
 
 SLUG = re.compile(r"[^a-z0-9]+")
 SAMPLES = "samples.jsonl"
@@ -141,12 +140,8 @@ def load_study(path: Path) -> Study:
     Raises:
         RecipeError: naming the key, or the run whose recipe is wrong.
     """
-    if not path.is_file():
-        raise RecipeError(f"no study at {path}")
     try:
-        config = StudyConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        config = StudyConfig.model_validate(read_tree(path, "study"))
     except ValidationError as error:
         raise RecipeError("\n".join(explain(problem, StudyTable) for problem in error.errors())) from None
     recipe, directory = path.parent / config.recipe, Path(config.directory)
