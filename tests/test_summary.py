@@ -28,6 +28,7 @@ def step(number: int, stage: str, time: float, **more: Any) -> dict[str, Any]:
         "time": time,
         "timing_s/step": 2.0,
         "perf/rollouts_per_s": 8.0,
+        "perf/tokens_per_s": 100.0,
         **{key.replace("__", "/"): value for key, value in more.items()},
     }
 
