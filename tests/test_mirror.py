@@ -125,11 +125,7 @@ def test_an_offline_run_that_was_continued_holds_each_row_once_and_can_be_upload
     sessions.go_through(last=5, resume=3, end="complete")
     (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     found = list(records(file))
-    history = [
-        figures(record.history.item)
-        for record in found
-        if record.WhichOneof("record_type") == "history"
-    ]
+    history = [figures(record.history.item) for record in found if record.WhichOneof("record_type") == "history"]
     assert losses(history) == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0)]
     evals = [(row["eval/step"], row["eval/math/accuracy"]) for row in history if "eval/step" in row]
     assert evals == [(2, 0.25), (4, 0.5)]
@@ -220,7 +216,13 @@ def test_a_run_that_broke_off_twice_reaches_the_service_without_a_lost_or_double
         service.hears = lambda row: True
         sessions.go_through(last=10, resume=8, end="complete")
         (run,) = service.runs.values()
-    held = [(step, 100.0 + step) for step in range(1, 6)] + [(6, 206.0), (7, 207.0), (8, 208.0), (9, 309.0), (10, 310.0)]
+    held = [(step, 100.0 + step) for step in range(1, 6)] + [
+        (6, 206.0),
+        (7, 207.0),
+        (8, 208.0),
+        (9, 309.0),
+        (10, 310.0),
+    ]
     assert losses(run.history) == held
     assert [row["_step"] for row in run.history] == list(range(len(run.history))) and not run.overwritten
     assert [row["eval/step"] for row in run.history if "eval/step" in row] == [2, 4]

@@ -114,6 +114,18 @@ def test_gains_are_between_versions_in_order_and_carry_both_errors(run_dir: Path
     assert "70.0 +- 3.0" in text and "+24.0 +- 5.0" in text and "+60.0 +- 5.0" in text
 
 
+def test_a_stage_has_what_it_took_and_the_accuracy_before_and_after_it(run_dir: Path) -> None:
+    """Three steps of 2 s at 8 rollouts/s and 100 tokens/s; the warm-up's rollouts are demonstrations, and none."""
+    summary, _ = made(run_dir)
+    math = summary["stages"]["math"]
+    evals = math.pop("evals")
+    assert math == {"steps": 3, "seconds": 6.0, "rollouts": 48, "response_tokens": 600}
+    assert evals["math"]["accuracy_before"] == 0.46 and evals["math"]["accuracy"] == 0.70
+    assert evals["math"]["gain"] == pytest.approx(0.24)
+    assert summary["stages"]["warmup"]["rollouts"] == 0
+    assert summary["stages"]["warmup"]["evals"]["math"]["accuracy_before"] == 0.10
+
+
 def test_time_adds_up_over_sessions_and_states(run_dir: Path) -> None:
     """First session 5 + (120 - 100), second 3 + (1012 - 1000); start-ups 5 + 2 and 3 + 1. Learner 4 s waiting of 8."""
     summary, text = made(run_dir)

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -79,6 +78,9 @@ class FakeWandb:
 
     def Settings(self, **settings: Any) -> dict[str, Any]:
         return settings
+
+    def Image(self, path: str) -> int:
+        return len(Path(path).read_bytes())
 
     def init(self, **settings: Any) -> FakeRun:
         self.fail_at("init")
@@ -262,6 +264,35 @@ def test_auto_is_online_only_for_somebody_logged_in(tmp_path: Path, monkeypatch:
     assert resolve_mode("auto") == "disabled"
 
 
+def test_a_run_goes_on_in_its_wandb_run_unless_that_was_uploaded_or_the_mode_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process shows the files from the start, a picture and not-a-number included, where nothing is held of them."""
+    fake = use(monkeypatch, FakeWandb())
+
+    def go_on(mode: str = "offline", resume_at_step: int | None = 2) -> FakeRun:
+        with tracker_of(tmp_path, mode=mode, resume_at_step=resume_at_step) as tracker:
+            for step in range((resume_at_step or 0) + 1, 4):
+                tracker.log("step", step_row(step, **{"actor/lr": math.nan}))
+                tracker.show("unchanged", step, b"png")
+        run = fake.runs[-1]
+        assert [row["train/step"] for row in run.rows if "train/step" in row] == [1, 2, 3]
+        assert [row["analysis/unchanged_picture"] for row in run.rows if "analysis/step" in row] == [3, 3, 3]
+        assert all(math.isnan(row["actor/lr"]) for row in run.rows if "train/step" in row)
+        return run
+
+    first = go_on(resume_at_step=None)
+    written = tmp_path / "wandb" / f"offline-run-20260101_000000-{first.id}"
+    written.mkdir(parents=True)
+    assert go_on().id == first.id and not written.exists()
+    written.mkdir()
+    (written / f"run-{first.id}.wandb.synced").touch()
+    uploaded = go_on()
+    assert uploaded.id != first.id and written.exists()
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert go_on("online").id not in (first.id, uploaded.id)
+
+
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +327,8 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
         tracker.log("rollout", {"step": step, "response": "x"})
     tracker.log("eval", eval_row(3))
     tracker.log("eval", eval_row(4))
+    tracker.show("unchanged", 3, b"kept")
+    tracker.show("unchanged", 4, b"cut")
     tracker.log("event", {"event": "group_failed", "prompt": "p", "failure": "worker_lost", "detail": "d"})
     tracker.log("event", {"event": "checkpoint", "step": 3, "path": "a"})
     tracker.log("event", {"event": "checkpoint", "step": 5, "path": "b"})
@@ -310,7 +343,8 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
     assert events_in(tmp_path, "run_start")[1]["resumed_at"] == 3
     resumed.log("step", step_row(4))
     assert steps_in(tmp_path) == [1, 2, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES.values(), "pictures"])
+    assert [path.read_bytes() for path in (tmp_path / "pictures").iterdir()] == [b"kept"]
 
 
 def test_a_new_run_refuses_the_directory_of_another(tmp_path: Path) -> None:

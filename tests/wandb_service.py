@@ -194,7 +194,7 @@ _ANSWERS = {
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: WandbService
+    server: WandbService  # type: ignore[assignment]
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def records(path: Path) -> Iterator[Any]:
     """The records of a run-<id>.wandb file: LevelDB's log format after a header of 7 bytes, protocol buffers inside."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     block_bytes, full, first, last = 32768, 1, 2, 4
     data, place, parts = path.read_bytes(), 7, b""
