@@ -221,7 +221,7 @@ class WandbMirror:
             return
         import wandb
 
-        data = [[_cell(row.get(column)) for column in COLUMNS] for row in self._table]
+        data: Any = [[_cell(row.get(column)) for column in COLUMNS] for row in self._table]
         step = self._block(self._table[-1])
         table = {"samples/rollouts": wandb.Table(columns=list(COLUMNS), data=data)}
         self._log(run, ("table", step, ""), table)

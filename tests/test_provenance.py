@@ -12,6 +12,7 @@ import pytest
 
 from rlpost import __version__
 from rlpost.config import DatasetData
+from rlpost.data.prompts import Prompts
 from rlpost.provenance import code, environment
 from rlpost.stages import _told
 from rlpost.types import Prompt
@@ -62,10 +63,10 @@ def test_data_is_told_with_its_card_and_a_fingerprint_of_what_was_read(tmp_path:
     path.touch()
     config = DatasetData(source="dataset", path=str(path), prompt="{q}", answer="a", task="math")
     prompts = [Prompt(id=name, token_ids=(1,), task="math", reference={"answer": "1"}) for name in "ab"]
-    told = _told(config, prompts, {"prompt_too_long": 3})
+    told = _told(config, Prompts.listed(prompts, {"prompt_too_long": 3}))
     fingerprint = told.pop("fingerprint")
     assert told == {"path": str(path), "num_prompts": 2, "left_out": {"prompt_too_long": 3}, "card": {"rows": 2}}
-    assert fingerprint != _told(config, prompts[:1], {})["fingerprint"]
-    assert fingerprint == _told(config, prompts, {})["fingerprint"]
+    assert fingerprint != _told(config, Prompts.listed(prompts[:1]))["fingerprint"]
+    assert fingerprint == _told(config, Prompts.listed(prompts))["fingerprint"]
     (tmp_path / "card.json").unlink()
-    assert "card" not in _told(config, prompts, {})
+    assert "card" not in _told(config, Prompts.listed(prompts))
