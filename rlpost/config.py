@@ -335,6 +335,8 @@ class TrackingConfig(Table):
     entity: str | None = None
     log_groups: Annotated[int, Field(ge=0)] = 1
     """Groups per step whose rollouts are written to rollouts.jsonl."""
+    table_every: Annotated[int, Field(ge=0)] = 20
+    """Steps whose rollouts, of those in rollouts.jsonl, make one table in wandb; 0: none."""
 
 
 class DeadlineConfig(Table):

@@ -27,9 +27,10 @@ from rlpost.pipeline.deadlines import within
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.plan import Resources, check_resources, max_model_len
+from rlpost.provenance import code, environment
 from rlpost.run_directory import check_subnetworks, claim, model_directory, open_run_directory
 from rlpost.stages import RunPlan, prepare
-from rlpost.summary import summarize_run
+from rlpost.summary import collect, summarize_run
 from rlpost.tracking import RunTracker, WandbOptions
 
 T = TypeVar("T")
@@ -123,9 +124,16 @@ def _tracker(recipe: Recipe, run_dir: Path, plan: RunPlan, *, resume: bool, cons
             run_dir,
             name=recipe.name,
             config=recipe.model_dump(mode="json"),
-            wandb=WandbOptions(mode=options.wandb, project=options.project, entity=options.entity),
+            session={"code": code(), "environment": environment(), "data": plan.data},
+            wandb=WandbOptions(
+                mode=options.wandb,
+                project=options.project,
+                entity=options.entity,
+                table_every=options.table_every,
+            ),
             resume_at_step=step,
             stages=[(stage.name, stage.plan.num_steps) for stage in plan.stages],
+            summarize=collect,
             console=console,
         )
     except ValueError as error:
@@ -158,6 +166,7 @@ def _supervise(
         tracker,
         checkpoints,
         _settings(recipe),
+        decode=plan.decode,
         eval_sets=plan.eval_sets,
         archive=archive if keeps else None,
         observer=observer,

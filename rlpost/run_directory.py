@@ -1,14 +1,12 @@
 """The run directory before and when a run begins: free, claimed or to be continued, and the model it starts from.
 
-run_dir/  recipe.json  model/  metrics.jsonl  eval.jsonl  analysis.jsonl  rollouts.jsonl  events.jsonl  logs/
-          checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  summary.json  wandb/
+run_dir/  recipe.json  run.json  model/  metrics.jsonl  eval.jsonl  analysis.jsonl  rollouts.jsonl  events.jsonl  logs/
+          checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  pictures/  summary.json  wandb.jsonl  wandb/
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +90,7 @@ def changed_keys(recipe: Recipe, run_dir: Path) -> list[str]:
 
 def claim(run_dir: Path, recipe: Recipe) -> None:
     """From here on the directory holds a run, to be continued or left alone."""
-    content = {"recipe": recipe.model_dump(mode="json"), "commit": _commit()}
+    content = {"recipe": recipe.model_dump(mode="json")}
     (run_dir / RECIPE).write_text(json.dumps(content, indent=2))
 
 
@@ -139,11 +137,3 @@ def check_subnetworks(recipe: Recipe, model_path: Path) -> None:
                     StoredTensors(path).check_same_model(StoredTensors(model_path))
             except (ValueError, OSError, SafetensorError) as error:
                 raise RecipeError(f"stage {stage.name!r}: subnetwork.{key}: {error}") from error
-
-
-def _commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    result = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

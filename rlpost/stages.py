@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlpost.config import (
     PPO,
     SFT,
     Algo,
+    DataConfig,
     GeneratedData,
     LoraConfig,
     PairData,
@@ -36,13 +38,15 @@ from rlpost.core.subnetwork import SUBNETWORKS
 from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
 from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
-from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts, load_generated
+from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts, load_generated, local_file
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.ports import PromptSource
 from rlpost.pipeline.seeds import derive_seed
 
+CARD = "card.json"
+"""What `rlpost data` tells of the data it wrote, beside it."""
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
 NUM_CHECKED_GENERATED = 32
@@ -57,6 +61,10 @@ class RunPlan:
     eval_sets: tuple[EvalSet, ...]
     left_out: tuple[Mapping[str, Any], ...]
     """Fields of the events that say how many rows were left out, of which data or by which stage."""
+    data: Mapping[str, Mapping[str, Any]]
+    """What is told of each data set when the run opens."""
+    decode: Callable[[Sequence[int]], str]
+    """The text of tokens, special ones too."""
     start: Checkpoint | None
 
 
@@ -89,7 +97,35 @@ def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> 
         for name, found in named.items()
         if found.left_out
     )
-    return RunPlan(stages=stages, eval_sets=_eval_sets(recipe, prompts), left_out=left_out, start=checkpoint)
+    return RunPlan(
+        stages=stages,
+        eval_sets=_eval_sets(recipe, prompts),
+        left_out=left_out,
+        data={name: _told(recipe.data[name], found) for name, found in prompts.items()},
+        decode=tokenizer.decode,
+        start=checkpoint,
+    )
+
+
+def _told(config: DataConfig, prompts: Prompts) -> dict[str, Any]:
+    """Where the data is from, what was read of it, and its card, if it has one beside it."""
+    source = {"families": config.families} if isinstance(config, GeneratedData) else {"path": config.path}
+    path = None if isinstance(config, GeneratedData) else local_file(config)
+    card = None if path is None else path.with_name(CARD)
+    return {
+        **source,
+        "num_prompts": len(prompts),
+        "fingerprint": prompts.fingerprint,
+        "left_out": dict(prompts.left_out),
+        **({"card": _card(card)} if card is not None and card.is_file() else {}),
+    }
+
+
+def _card(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is not JSON ({error}): write it again, or move it away") from error
 
 
 def load_eval_sets(recipe: Recipe, model_path: Path) -> tuple[EvalSet, ...]:

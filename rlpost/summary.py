@@ -72,6 +72,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     if not events:
         raise ValueError(f"{run_dir} has no {FILES['event']}, or an empty one: it is not the directory of a run")
     run = _Steps(run_dir)
+    evals = _learned(read_rows(run_dir / FILES["eval"]))
     named: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         named[event["event"]].append(event)
@@ -84,11 +85,12 @@ def collect(run_dir: Path) -> dict[str, Any]:
         else "the run is still going on, or was killed",
         "num_steps": run.num_steps,
         "num_rollouts": run.num_rollouts,
-        "evals": _learned(read_rows(run_dir / FILES["eval"])),
+        "evals": evals,
+        "stages": {stage: _stage(stage, counts, evals) for stage, counts in run.stages.items()},
         "time": {
             "wall_s": wall_s,
             "startup_s": ready_s + sum(_startups(events)),
-            "steps_s": run.stage_seconds,
+            "steps_s": {stage: counts["seconds"] for stage, counts in run.stages.items()},
             "workers_s": run.worker_seconds,
             "verdicts": {verdict: run.verdicts[verdict] for verdict in VERDICTS if run.verdicts[verdict]},
         },
@@ -114,14 +116,19 @@ class _Steps:
         self.num_steps, self.num_rollouts = 0, 0
         self.times: list[float] = []
         self.verdicts: Counter[str] = Counter()
-        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self.stages: dict[str, Counter[str]] = defaultdict(Counter)
         self.worker_seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for row in read_rows(run_dir / FILES["step"]):
             self.num_steps += 1
             self.times.append(row["time"])
-            self.stage_seconds[row["stage"]] += row["timing_s/step"]
+            seconds = row["timing_s/step"]
+            num_rollouts = round(row["perf/rollouts_per_s"] * seconds) if "wait/verdict" in row else 0
+            num_tokens = round(row["perf/tokens_per_s"] * seconds)
+            self.stages[row["stage"]].update(
+                steps=1, seconds=seconds, rollouts=num_rollouts, response_tokens=num_tokens
+            )
             if "wait/verdict" in row:
-                self.num_rollouts += round(row["perf/rollouts_per_s"] * row["timing_s/step"])
+                self.num_rollouts += num_rollouts
                 self.verdicts.update(verdict for verdict in VERDICTS if row["wait/verdict"].startswith(verdict))
             for key, value in row.items():
                 if key.startswith("time/"):
@@ -164,6 +171,18 @@ def _learned(rows: Iterator[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             result |= {"gain": _gain(row, earlier[-1]), "gain_since_first": _gain(row, earlier[0])}
         earlier.append(result)
     return dict(sorted(learned.items()))
+
+
+def _stage(name: str, counts: Mapping[str, float], evals: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """A stage's row: what it took, and per eval set the accuracy after it and at the evaluation before that."""
+    learned = {}
+    for eval_set, results in evals.items():
+        for before, after in zip([None, *results], results, strict=False):
+            if after["when"] == name:
+                learned[eval_set] = {"accuracy": after["accuracy"], "accuracy_se": after["accuracy_se"]}
+                if before is not None:
+                    learned[eval_set] |= {"accuracy_before": before["accuracy"], "gain": after["gain"][0]}
+    return {**counts, "evals": learned}
 
 
 def _gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, float]:

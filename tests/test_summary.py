@@ -28,6 +28,7 @@ def step(number: int, stage: str, time: float, **more: Any) -> dict[str, Any]:
         "time": time,
         "timing_s/step": 2.0,
         "perf/rollouts_per_s": 8.0,
+        "perf/tokens_per_s": 100.0,
         **{key.replace("__", "/"): value for key, value in more.items()},
     }
 
@@ -111,6 +112,18 @@ def test_gains_are_between_versions_in_order_and_carry_both_errors(run_dir: Path
     assert warmup["gain"] == pytest.approx([0.36, 0.04 * 2**0.5])
     assert math["gain"] == pytest.approx([0.24, 0.05]) and math["gain_since_first"] == pytest.approx([0.60, 0.05])
     assert "70.0 +- 3.0" in text and "+24.0 +- 5.0" in text and "+60.0 +- 5.0" in text
+
+
+def test_a_stage_has_what_it_took_and_the_accuracy_before_and_after_it(run_dir: Path) -> None:
+    """Three steps of 2 s at 8 rollouts/s and 100 tokens/s; the warm-up's rollouts are demonstrations, and none."""
+    summary, _ = made(run_dir)
+    math = summary["stages"]["math"]
+    evals = math.pop("evals")
+    assert math == {"steps": 3, "seconds": 6.0, "rollouts": 48, "response_tokens": 600}
+    assert evals["math"]["accuracy_before"] == 0.46 and evals["math"]["accuracy"] == 0.70
+    assert evals["math"]["gain"] == pytest.approx(0.24)
+    assert summary["stages"]["warmup"]["rollouts"] == 0
+    assert summary["stages"]["warmup"]["evals"]["math"]["accuracy_before"] == 0.10
 
 
 def test_time_adds_up_over_sessions_and_states(run_dir: Path) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -39,6 +38,8 @@ class FakeRun:
         self.module, self.settings = module, settings
         self.id, self.url = settings["id"], "https://example.org/run"
         self.rows: list[dict[str, float]] = []
+        self.starting_step = 0
+        self.summary: dict[str, float] = {}
         self.axes: dict[str, str | None] = {}
         self.finished = False
 
@@ -77,6 +78,9 @@ class FakeWandb:
 
     def Settings(self, **settings: Any) -> dict[str, Any]:
         return settings
+
+    def Image(self, path: str) -> int:
+        return len(Path(path).read_bytes())
 
     def init(self, **settings: Any) -> FakeRun:
         self.fail_at("init")
@@ -218,7 +222,7 @@ def test_wandb_that_hangs_holds_up_neither_a_step_nor_the_end(
 
 
 def test_more_rows_than_the_queue_holds_turn_the_mirror_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlpost.tracking.MAX_QUEUED_ROWS", 5)
+    monkeypatch.setattr("rlpost.mirror.MAX_QUEUED_ROWS", 5)
     fake = use(monkeypatch, FakeWandb(hang="init"))
     tracker = tracker_of(tmp_path)
     for step in range(1, 21):
@@ -233,7 +237,7 @@ def test_disabled_never_touches_wandb(tmp_path: Path, monkeypatch: pytest.Monkey
     fake = use(monkeypatch, FakeWandb())
     with tracker_of(tmp_path, mode="disabled") as tracker:
         tracker.log("step", step_row(1))
-    assert not fake.runs and not (tmp_path / "wandb_id").exists()
+    assert not fake.runs and not (tmp_path / "wandb.jsonl").exists()
 
 
 def test_online_without_a_login_says_how_to_log_in_and_asks_nothing(
@@ -260,41 +264,33 @@ def test_auto_is_online_only_for_somebody_logged_in(tmp_path: Path, monkeypatch:
     assert resolve_mode("auto") == "disabled"
 
 
-@pytest.mark.timeout(120)
-def test_the_real_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path: Path) -> None:
-    """In processes of their own: wandb's exit hooks are part of what must end in time."""
-    pytest.importorskip("wandb")
-    code = """
-import sys, time
-from pathlib import Path
-from rlpost.tracking import RunTracker, WandbOptions
-resume = int(sys.argv[2]) if len(sys.argv) > 2 else None
-options = WandbOptions(mode="offline")
-tracker = RunTracker(Path(sys.argv[1]), name="run", config={}, wandb=options, resume_at_step=resume)
-started = time.monotonic()
-for step in range((resume or 0) + 1, 6):
-    figures = {"actor/lr": 0.1, "timing_s/step": 1.0, "perf/rollouts_per_s": 1.0}
-    tracker.log("step", {"step": step, "stage": "math", **figures})
-is_up = "wandb_started" in Path(sys.argv[1], "events.jsonl").read_text().splitlines()[-1]
-assert not is_up or time.monotonic() - started < 1.0, "a step waited for wandb"
-tracker.close(deadline_s=60.0)
-"""
-    for arguments in ([], ["3"]):
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run"), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-    first, second = events_in(tmp_path / "run", "wandb_started")
-    assert first["id"] == second["id"] == (tmp_path / "run" / "wandb_id").read_text()
-    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2 and {file.name for file in files} == {f"run-{first['id']}.wandb"}
-    assert all(b"actor/lr" in file.read_bytes() for file in files)
-    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
-    assert events_in(tmp_path / "run", "wandb_failed") == []
+def test_a_run_goes_on_in_its_wandb_run_unless_that_was_uploaded_or_the_mode_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process shows the files from the start, a picture and not-a-number included, where nothing is held of them."""
+    fake = use(monkeypatch, FakeWandb())
+
+    def go_on(mode: str = "offline", resume_at_step: int | None = 2) -> FakeRun:
+        with tracker_of(tmp_path, mode=mode, resume_at_step=resume_at_step) as tracker:
+            for step in range((resume_at_step or 0) + 1, 4):
+                tracker.log("step", step_row(step, **{"actor/lr": math.nan}))
+                tracker.show("unchanged", step, b"png")
+        run = fake.runs[-1]
+        assert [row["train/step"] for row in run.rows if "train/step" in row] == [1, 2, 3]
+        assert [row["analysis/unchanged_picture"] for row in run.rows if "analysis/step" in row] == [3, 3, 3]
+        assert all(math.isnan(row["actor/lr"]) for row in run.rows if "train/step" in row)
+        return run
+
+    first = go_on(resume_at_step=None)
+    written = tmp_path / "wandb" / f"offline-run-20260101_000000-{first.id}"
+    written.mkdir(parents=True)
+    assert go_on().id == first.id and not written.exists()
+    written.mkdir()
+    (written / f"run-{first.id}.wandb.synced").touch()
+    uploaded = go_on()
+    assert uploaded.id != first.id and written.exists()
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert go_on("online").id not in (first.id, uploaded.id)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -331,6 +327,8 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
         tracker.log("rollout", {"step": step, "response": "x"})
     tracker.log("eval", eval_row(3))
     tracker.log("eval", eval_row(4))
+    tracker.show("unchanged", 3, b"kept")
+    tracker.show("unchanged", 4, b"cut")
     tracker.log("event", {"event": "group_failed", "prompt": "p", "failure": "worker_lost", "detail": "d"})
     tracker.log("event", {"event": "checkpoint", "step": 3, "path": "a"})
     tracker.log("event", {"event": "checkpoint", "step": 5, "path": "b"})
@@ -345,7 +343,8 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
     assert events_in(tmp_path, "run_start")[1]["resumed_at"] == 3
     resumed.log("step", step_row(4))
     assert steps_in(tmp_path) == [1, 2, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES.values(), "pictures"])
+    assert [path.read_bytes() for path in (tmp_path / "pictures").iterdir()] == [b"kept"]
 
 
 def test_a_new_run_refuses_the_directory_of_another(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ class Controller:
         checkpoints: Checkpoints,
         settings: RunSettings,
         *,
+        decode: Callable[[Sequence[int]], str],
         eval_sets: Sequence[EvalSet] = (),
         archive: Archive | None = None,
         observer: Observer | None = None,
@@ -167,6 +168,7 @@ class Controller:
     ) -> None:
         self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
         self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
+        self._decode = decode
         self._archive, self._observer, self._load_from = archive, observer, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
         if start is not None and start.sources:
@@ -538,6 +540,7 @@ class Controller:
             return
         for finished in groups[: self.settings.log_groups]:
             group = (await self.workers.fetch(finished.handle)).only(finished.kept_G)
+            prompt = self._decode(finished.prompt.token_ids)
             for rollout, judgement, advantage in zip(
                 group.rollouts, finished.judgements, finished.advantages_G, strict=True
             ):
@@ -545,6 +548,7 @@ class Controller:
                     "step": self.buffer.step,
                     "stage": stage.name,
                     "prompt_id": finished.prompt.id,
+                    "prompt": prompt,
                     "response": rollout.text,
                     "reward": judgement.reward,
                     "outcome": judgement.outcome,

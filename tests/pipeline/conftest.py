@@ -161,6 +161,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             tracker,
             checkpoints,
             run_settings,
+            decode=lambda token_ids: " ".join(map(str, token_ids)),
             eval_sets=eval_sets,
             archive=archive,
             observer=observer,

@@ -285,6 +285,13 @@ def test_prompts_that_have_become_easy_are_not_asked_again_resumed_or_not(make_r
     assert replaced.controller.buffer.counts["filtered"] < 12, "in four epochs of twelve there would be 24"
 
 
+def test_the_rollouts_that_are_written_out_show_what_the_policy_was_asked(make_run: MakeRun) -> None:
+    run = make_run([make_stage(staleness=0, steps=1, prompts=2)], log_groups=2).start()
+    asked = {prompt.id: " ".join(map(str, prompt.token_ids)) for prompt in PROMPTS}
+    rows = run.tracker.of("rollout")
+    assert rows and all(row["prompt"] == asked[row["prompt_id"]] for row in rows)
+
+
 def test_groups_reach_the_learner_before_their_batch_is_complete(make_run: MakeRun) -> None:
     """The first group's gradient is accumulated while the last group has not been sampled yet."""
     run = make_run([make_stage(staleness=0, steps=1, prompts=4)])
