@@ -25,6 +25,7 @@ from rlpost.config import (
     Sampled,
     StageConfig,
     SubnetworkConfig,
+    UntilConfig,
     check_warmup,
 )
 from rlpost.core.critic import Critic
@@ -40,6 +41,7 @@ from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.moving_on import Plateau, Until
 from rlpost.pipeline.ports import PromptSource
 from rlpost.pipeline.seeds import derive_seed
 
@@ -58,6 +60,11 @@ class RunPlan:
     left_out: tuple[Mapping[str, Any], ...]
     """Fields of the events that say how many rows were left out, of which data or by which stage."""
     start: Checkpoint | None
+
+    @property
+    def num_steps(self) -> tuple[int, ...]:
+        """Of each stage, as far as is known: a run that is continued may have ended some early."""
+        return self.start.position.num_steps if self.start else tuple(stage.plan.num_steps for stage in self.stages)
 
 
 def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> RunPlan:
@@ -193,6 +200,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
+        until=config.until and _until(config.until),
     )
 
 
@@ -216,6 +224,11 @@ def _source(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts])
         for name, found in prompts.items()
     ]
     return MixedPrompts(sources, list(config.shares.values())) if len(sources) > 1 else sources[0]
+
+
+def _until(config: UntilConfig) -> Until:
+    plateau = config.plateau and Plateau(**config.plateau.model_dump())
+    return Until(plateau=plateau, tokens=config.tokens, hours=config.hours)
 
 
 def _settings(subnetwork: SubnetworkConfig) -> dict[str, Any]:

@@ -126,6 +126,16 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         ("stage.rl.reward.acuracy=1", r"acuracy: no such key; did you mean 'accuracy'"),
         ("stage.warm.reward.accuracy=1", r"'warm' learns from given responses and has no reward to shape"),
         ("stage.rl.reward.overlong.buffer_tokens=17", r"buffer_tokens = 17 is more than max_response_tokens = 16"),
+        (
+            "stage.rl.until.plateau={figure='eval/m/accuracy', min_gain=0.01}",
+            r"no \[\[eval\]\] gives until.plateau.figure",
+        ),
+        (
+            "stage.warm.until.plateau={figure='reward/mean', min_gain=0.01}",
+            r"'warm'.*no reward: use eval/<name>/accuracy",
+        ),
+        ("stage.rl.until.plateau={figure='reward/std', min_gain=0.01}", r"until.plateau.figure: .*pattern"),
+        ("stage.rl.until.plateau={figure='reward/mean', min_gain=0}", r"until.plateau.min_gain: .*greater than 0"),
         ("verifier.min_tier=rlimits-only", r"verifier.min_tier.*namespace.*landlock"),
         ("verifier.code.deadlin_s=3", r"deadlin_s: no such key; did you mean 'deadline_s'"),
         ("learner.lora={rank=4, alpha=8, dropout=0.05}", r"learner.lora: dropout is not offered: .* Leave it out"),
