@@ -292,6 +292,9 @@ class ObserverConfig(Table):
 
 
 class PublishConfig(Table):
+    every: Positive = 1
+    """Steps of a stage from one published version to the next; its last version always is one. With max_staleness = every - 1,
+    so many steps learn from groups of one version. See docs/algorithms.md."""
     encoding: Literal["delta", "full"] = "delta"
     """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
     another version gets all of them. full: every version whole."""
@@ -823,6 +826,7 @@ class Recipe(Table):
                 _check_data(stage.name, self.data[name], stage.algo)
                 _check_keep(stage, self.data[name])
             _check_until(stage, self.eval)
+            _check_age(stage, self.publish)
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
         _check_served(self.sampler, self.learner, self.publish)
@@ -846,6 +850,16 @@ def _check_served(sampler: SamplerConfig, learner: LearnerConfig, publish: Publi
             'publish.policy = "adapter" with sampler.dtype = "float32", and vLLM\'s GPU kernels take adapters in 16 bits: use'
             ' sampler.dtype = "bfloat16", or publish.policy = "merged"'
         )
+
+
+def _check_age(stage: StageConfig, publish: PublishConfig) -> None:
+    if not isinstance(stage.algo, Sampled) or stage.algo.max_staleness >= publish.every - 1:
+        return
+    raise ValueError(
+        f"stage {stage.name!r}: publish.every = {publish.every}, and the last of so many steps learns from groups"
+        f" {publish.every - 1} versions old, more than max_staleness = {stage.algo.max_staleness}. Use max_staleness >="
+        f" {publish.every - 1}, or publish.every <= {stage.algo.max_staleness + 1}"
+    )
 
 
 def _check_until(stage: StageConfig, evals: Sequence[EvalConfig]) -> None:

@@ -249,6 +249,7 @@ def _settings(recipe: Recipe) -> RunSettings:
         seed=recipe.seed,
         limits=Limits(**recipe.deadlines.model_dump()),
         checkpoint_every=recipe.checkpoint_every,
+        publish_every=recipe.publish.every,
         max_failed_share=recipe.max_failed_share,
         log_groups=recipe.tracking.log_groups,
     )

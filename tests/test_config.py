@@ -145,6 +145,7 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         ("learner.lora={rank=0, alpha=8}", r"learner.lora.rank.*greater than 0"),
         ("learner.lora={rank=4, alpha=8, targets=[]}", r"learner.lora.targets"),
         ("publish.policy=adapter", r'publish.policy = "adapter", and there is none: add \[learner.lora\]'),
+        ("publish.every=4", r"'rl': publish.every = 4, .* Use max_staleness >= 3, or publish.every <= 3"),
         ("learner.optimizer={name='lion', eps=1e-8}", r"learner.optimizer.lion.eps: 'eps' .* has no meaning in this"),
         ("learner.optimizer={momentum=0.9}", r"learner.optimizer.adamw.momentum: 'momentum' .* has no meaning"),
         ("learner.optimizer={name='adam'}", r"learner.optimizer: .*'adamw', 'lion', 'sgd'"),

@@ -10,7 +10,9 @@ version any live sampler holds. A group is admitted only if its step is at most 
     3. A step updates weights whose version is the step's own number (versions count optimizer steps).
        Hence age = step - version of the oldest token <= (v + S) - v = S.                                        QED
 
-No deadlock: while the learner is at step t every sampler reaches version t, so all P positions of step t are admissible.
+No deadlock: while the learner is at step t every sampler reaches version t, so all P positions of step t are admissible. If
+one version in N is published, it reaches t - N + 1 at least, which is enough with N - 1 <= S. With N - 1 = S the groups of N
+steps are all of one version: those of the next N are admissible when it is published, and not before.
 At most (S + 1) P groups are alive. With S = 0 nothing of step t + 1 is admitted before every sampler holds the weights
 step t produced: the synchronous loop. Stages queue separately: a group dropped at the end of one stage is replaced within
 that stage, so a stage switch neither drains the pipeline nor shifts the next stage's steps.

@@ -147,6 +147,8 @@ class RunSettings:
     limits: Limits
     checkpoint_every: int = 0
     """Steps between checkpoints within a stage; 0: only when a stage ends."""
+    publish_every: int = 1
+    """Of a stage's versions, each whose number of steps this divides is published, and its last one."""
     max_failed_share: float = 0.05
     """Of all rollouts, those that may be lost or not judged before the run stops."""
     max_refills: int = 10
@@ -412,7 +414,7 @@ class Controller:
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         self._move_on(index, groups)
         self._refills = 0
-        if stage.sampled:
+        if stage.sampled and self._is_published(index):
             await self._publish()
         self._bell.ring()
         self.buffer.check_accounting()
@@ -476,6 +478,11 @@ class Controller:
             [group.advantages_G for group in groups],
             max_response_tokens=stage.max_response_tokens,
         )
+
+    def _is_published(self, index: int) -> bool:
+        """Whether the present version, which this stage made, is for the samplers."""
+        num_steps = self.buffer.step - self.buffer.first_step(index)
+        return num_steps % self.settings.publish_every == 0 or self.buffer.step == self.buffer.end_step(index)
 
     async def _publish(self) -> None:
         """Start bringing the present version to the samplers, once the previous one has arrived."""

@@ -43,19 +43,30 @@ class Outcome:
 
 
 def play(
-    plans: list[StagePlan], seed: int, *, drop_share: float, cut_share: float, patience: bool, end_share: float = 0.0
+    plans: list[StagePlan],
+    seed: int,
+    *,
+    drop_share: float,
+    cut_share: float,
+    patience: bool,
+    end_share: float = 0.0,
+    publish_every: int = 1,
 ) -> Outcome:
-    """One run from start to end under a random schedule; asserts every promise on the way."""
+    """One run from start to end under a random schedule; asserts every promise on the way.
+
+    Of a stage's versions, those that `publish_every` divides are published, and its last one.
+    """
     rng = random.Random(seed)
     buffer, published = RolloutBuffer(plans), None
     running: dict[int, tuple[Ticket, int | None]] = {}
     oldest: dict[int, int | None] = {}
     trained, ages, ended, max_alive, num_events = [], [], Counter(), 0, 0
     batch: list[tuple[Ticket, bool]] = []
+    newest = 0
     while not buffer.finished:
         num_events += 1
         assert num_events < 50_000, "no progress: deadlock"
-        while (ticket := buffer.admit()) is not None:
+        while rng.random() < 0.9 and (ticket := buffer.admit()) is not None:
             plan = plans[ticket.stage]
             # The oldest token of a group is decoded under the version held when it is admitted, at the earliest.
             running[ticket.id] = (ticket, None if plan.max_staleness is None else published)
@@ -64,11 +75,11 @@ def play(
             alive = buffer.in_flight + buffer.buffered + len(batch)
             max_alive = max(max_alive, alive)
         buffer.check_accounting()
-        events = ["publish"] if published != buffer.step else []
+        events = ["publish"] if published != newest else []
         events += ["finish"] * 3 * bool(running) + ["take"] + (["defer"] if patience else [])
         match rng.choice(events):
             case "publish":
-                published = rng.randint(published if published is not None else 0, buffer.step)
+                published = rng.randint(published if published is not None else 0, newest)
                 buffer.publish(published)
             case "finish":
                 # Adversarial durations: the newest group finishes as readily as the oldest.
@@ -98,13 +109,16 @@ def play(
                             assert len(pending) <= left < len(pending) + plans[stage].groups_per_step
                         assert (buffer.end_step(stage) < ends_at) == early and not buffer.end_early(stage)
                         assert buffer.position().next_ordinals == admitted
+                    steps = buffer.step - buffer.first_step(stage)
+                    if steps % publish_every == 0 or buffer.step == buffer.end_step(stage):
+                        newest = buffer.step
                     for ticket in batch:
                         trained.append((ticket.stage, ticket.ordinal))
                         ended[ticket.stage, ticket.ordinal] += 1
                     batch = []
                     if not buffer.finished and rng.random() < cut_share:  # the run dies here and is resumed
                         position = buffer.position()
-                        buffer, running, published = RolloutBuffer(plans, position), {}, None
+                        buffer, running, published, newest = RolloutBuffer(plans, position), {}, None, position.step
     return Outcome(trained=trained, ended=ended, ages=ages, max_alive=max_alive, end=buffer.position())
 
 
@@ -139,6 +153,23 @@ def test_no_schedule_breaks_the_bound_or_loses_a_prompt(
     )
     if len(plans) == 1:
         assert outcome.max_alive <= capacity
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans=plans_strategy, seed=st.integers(0, 2**32), every=st.integers(2, 4), end=st.booleans())
+def test_a_version_in_n_is_enough_where_every_stage_may_learn_from_groups_that_old(
+    plans: list[StagePlan], seed: int, every: int, end: bool
+) -> None:
+    """N - 1 <= S. `play` fails when it makes no progress."""
+    allowed = [
+        dataclasses.replace(p, max_staleness=max(p.max_staleness, every - 1)) if p.max_staleness is not None else p
+        for p in plans
+    ]
+    outcome = play(
+        allowed, seed, drop_share=0.1, cut_share=0.1, patience=False, end_share=0.2 * end, publish_every=every
+    )
+    assert max(outcome.ages, default=0) <= max((p.max_staleness or 0 for p in allowed), default=0)
+    assert set(outcome.ended.values()) == {1}
 
 
 @settings(max_examples=300, deadline=None)
