@@ -151,6 +151,7 @@ def latest_checkpoint(run_dir: Path, on_broken: Callable[[Path, list[str]], None
                 next_ordinals=tuple(position["next_ordinals"]),
                 pending=tuple(tuple(ordinals) for ordinals in position["pending"]),
                 sources=tuple(position["sources"]),
+                num_steps=tuple(position["num_steps"]),
             ),
             fingerprints=tuple(state["fingerprints"]),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,6 +292,9 @@ class ObserverConfig(Table):
 
 
 class PublishConfig(Table):
+    every: Positive = 1
+    """Steps of a stage from one published version to the next; its last version always is one. With max_staleness = every - 1,
+    so many steps learn from groups of one version. See docs/algorithms.md."""
     encoding: Literal["delta", "full"] = "delta"
     """delta: each version as what changed since the one before, never more bytes than the weights; a sampler that holds
     another version gets all of them. full: every version whole."""
@@ -659,6 +662,27 @@ class KeepConfig(Table):
     """Least and greatest mean length of a problem's responses."""
 
 
+class PlateauConfig(Table):
+    """A figure that has stopped rising: of its means, the last `without_gain` are not `min_gain` above the best before."""
+
+    figure: Annotated[str, Field(pattern=r"^(reward/mean|eval/.+/accuracy)$")]
+    """reward/mean (of each step), or eval/<name>/accuracy."""
+    min_gain: Annotated[float, Field(gt=0)]
+    without_gain: Positive = 3
+    mean_over: Positive = 1
+    """Values per mean; means do not overlap. For reward/mean, enough to average its noise out."""
+
+
+class UntilConfig(Table):
+    """What ends a stage before its `steps`: the first of these."""
+
+    plateau: PlateauConfig | None = None
+    tokens: Positive | None = None
+    """Response tokens of the steps' rollouts."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of its steps."""
+
+
 class StageConfig(Table):
     name: str
     data: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -681,6 +705,8 @@ class StageConfig(Table):
     """At the end of an epoch, prompts leave whose group judged last is right in a share above this. See docs/curriculum.md."""
     subnetwork: SubnetworkConfig | None = None
     """Train these entries of the weights alone; None: all. See docs/algorithms.md."""
+    until: UntilConfig | None = None
+    """May end it before its last step; lr_schedule is that of all `steps`. See docs/curriculum.md."""
 
     @property
     def shares(self) -> dict[str, float]:
@@ -801,6 +827,8 @@ class Recipe(Table):
             for name in stage.shares:
                 _check_data(stage.name, self.data[name], stage.algo)
                 _check_keep(stage, self.data[name])
+            _check_until(stage, self.eval)
+            _check_age(stage, self.publish)
         for item in self.eval:
             _check_data(item.name, self.data[item.data], None)
         _check_served(self.sampler, self.learner, self.publish)
@@ -823,6 +851,35 @@ def _check_served(sampler: SamplerConfig, learner: LearnerConfig, publish: Publi
         raise ValueError(
             'publish.policy = "adapter" with sampler.dtype = "float32", and vLLM\'s GPU kernels take adapters in 16 bits: use'
             ' sampler.dtype = "bfloat16", or publish.policy = "merged"'
+        )
+
+
+def _check_age(stage: StageConfig, publish: PublishConfig) -> None:
+    if not isinstance(stage.algo, Sampled) or stage.algo.max_staleness >= publish.every - 1:
+        return
+    raise ValueError(
+        f"stage {stage.name!r}: publish.every = {publish.every}, and the last of so many steps learns from groups"
+        f" {publish.every - 1} versions old, more than max_staleness = {stage.algo.max_staleness}. Use max_staleness >="
+        f" {publish.every - 1}, or publish.every <= {stage.algo.max_staleness + 1}"
+    )
+
+
+def _check_until(stage: StageConfig, evals: Sequence[EvalConfig]) -> None:
+    plateau = stage.until and stage.until.plateau
+    if plateau is None:
+        return
+    if plateau.figure == "reward/mean":
+        if not isinstance(stage.algo, Sampled):
+            raise ValueError(
+                f'stage {stage.name!r}: until.plateau.figure = "reward/mean", and it learns from given responses, which have'
+                " no reward: use eval/<name>/accuracy"
+            )
+        return
+    names = [f"eval/{item.name}/accuracy" for item in evals]
+    if plateau.figure not in names:
+        raise ValueError(
+            f"stage {stage.name!r}: no [[eval]] gives until.plateau.figure = {plateau.figure!r}; there are"
+            f" {['reward/mean', *names]}"
         )
 
 

@@ -212,8 +212,10 @@ def _stage_plan(stage: StageConfig) -> Text:
     length = f"{stage.steps} steps" if stage.epochs is None else f"{stage.epochs:g} epochs in steps"
     shares = stage.shares
     data = ", ".join(f"{share:.0%} {name}" if len(shares) > 1 else name for name, share in shares.items())
+    until = stage.until.model_dump(exclude_none=True) if stage.until else {}
+    at_most = f" at most, until {until}" if until else ""
     return Text(
-        f"stage {stage.name}: {algo.name} on {data}, {length} of {rollouts}{alive}, lr {schedule}\n    {settings}"
+        f"stage {stage.name}: {algo.name} on {data}, {length}{at_most} of {rollouts}{alive}, lr {schedule}\n    {settings}"
     )
 
 

@@ -20,6 +20,7 @@ EVENT_LINES = {
     "data_left_out": ("data {data}: {kept} rows kept, left out: {reasons}", "yellow"),
     "ready": ("workers ready after {seconds:.1f} s", ""),
     "stage_start": ("stage {stage} starts at version {step}", "bold cyan"),
+    "stage_moves_on": ("stage {stage} is to end at version {last}: {reason}", "bold cyan"),
     "stage_end": ("stage {stage} ends at version {step}", "bold cyan"),
     "subnetwork": ("stage {stage} trains {density:.2%} of the entries", ""),
     "prompts_retired": ("stage {stage}: {left} prompts have become easy and leave, {remain} remain", ""),
@@ -60,9 +61,6 @@ class Progress:
         self._console, self._clock = console, clock
         self._num_steps = dict(stages)
         assert len(self._num_steps) == len(stages), f"two stages have the same name: {[name for name, _ in stages]}"
-        self._first_steps: dict[str, int] = {}
-        for name in self._num_steps:
-            self._first_steps[name] = sum(self._num_steps[earlier] for earlier in self._first_steps)
         self._started = self._last_line = clock()
         self._pending: list[Mapping[str, Any]] = []
         self._stage: str | None = None
@@ -101,10 +99,16 @@ class Progress:
 
     def _place(self, row: Mapping[str, Any]) -> tuple[int, int | None]:
         stage = row["stage"]
-        return row["step"] - self._first_steps.get(stage, 0), self._num_steps.get(stage)
+        return row["step"] - self._first_step(stage), self._num_steps.get(stage)
+
+    def _first_step(self, stage: str) -> int:
+        names = list(self._num_steps)
+        return sum(self._num_steps[name] for name in names[: names.index(stage)]) if stage in names else 0
 
     def _event(self, row: Mapping[str, Any]) -> None:
         name = row["event"]
+        if name == "stage_moves_on" and row["stage"] in self._num_steps:
+            self._num_steps[row["stage"]] = row["last"] - self._first_step(row["stage"])
         if name in FREQUENT or name not in EVENT_LINES:
             if self._clock() - self._windows.get(name, -math.inf) >= WINDOW_S:
                 self._open_window(name)

@@ -25,13 +25,14 @@ from rlpost.data.sources import local_file
 from rlpost.pipeline.controller import Controller, RunSettings
 from rlpost.pipeline.deadlines import within
 from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.moving_on import History
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.plan import Resources, check_resources, max_model_len
 from rlpost.provenance import code, environment
 from rlpost.run_directory import check_subnetworks, claim, model_directory, open_run_directory
 from rlpost.stages import RunPlan, prepare
 from rlpost.summary import collect, summarize_run
-from rlpost.tracking import RunTracker, WandbOptions
+from rlpost.tracking import FILES, RunTracker, WandbOptions, read_rows
 
 T = TypeVar("T")
 INTERRUPT_SAVE_S = 60.0
@@ -132,7 +133,7 @@ def _tracker(recipe: Recipe, run_dir: Path, plan: RunPlan, *, resume: bool, cons
                 table_every=options.table_every,
             ),
             resume_at_step=step,
-            stages=[(stage.name, stage.plan.num_steps) for stage in plan.stages],
+            stages=[(stage.name, steps) for stage, steps in zip(plan.stages, plan.num_steps, strict=True)],
             summarize=collect,
             console=console,
         )
@@ -171,6 +172,7 @@ def _supervise(
         archive=archive if keeps else None,
         observer=observer,
         start=plan.start.position if plan.start else None,
+        history=History.of(*(read_rows(run_dir / FILES[kind]) for kind in ("step", "eval"))),
         load_from=plan.start.learner_path if plan.start else None,
     )
     first_step = controller.buffer.step
@@ -201,8 +203,8 @@ def _observer(
     if options is None:
         return None
     observed, first, start = [], 0, model_path
-    for stage in plan.stages:
-        last = first + stage.plan.num_steps
+    for stage, num_steps in zip(plan.stages, plan.num_steps, strict=True):
+        last = first + num_steps
         observed.append(ObservedStage(name=stage.name, first=first, last=last, start=start))
         first, start = last, run_dir / EXPORTS / stage.name
     return VersionObserver(
@@ -256,6 +258,7 @@ def _settings(recipe: Recipe) -> RunSettings:
         seed=recipe.seed,
         limits=Limits(**recipe.deadlines.model_dump()),
         checkpoint_every=recipe.checkpoint_every,
+        publish_every=recipe.publish.every,
         max_failed_share=recipe.max_failed_share,
         log_groups=recipe.tracking.log_groups,
     )

@@ -27,6 +27,7 @@ from rlpost.config import (
     Sampled,
     StageConfig,
     SubnetworkConfig,
+    UntilConfig,
     check_warmup,
 )
 from rlpost.core.critic import Critic
@@ -42,6 +43,7 @@ from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.moving_on import Plateau, Until
 from rlpost.pipeline.ports import PromptSource
 from rlpost.pipeline.seeds import derive_seed
 
@@ -66,6 +68,11 @@ class RunPlan:
     decode: Callable[[Sequence[int]], str]
     """The text of tokens, special ones too."""
     start: Checkpoint | None
+
+    @property
+    def num_steps(self) -> tuple[int, ...]:
+        """Of each stage, as far as is known: a run that is continued may have ended some early."""
+        return self.start.position.num_steps if self.start else tuple(stage.plan.num_steps for stage in self.stages)
 
 
 def prepare(recipe: Recipe, model_path: Path, checkpoint: Checkpoint | None) -> RunPlan:
@@ -229,6 +236,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
         refill=sampled and algo.refill,
         patience_s=algo.patience_s if sampled else None,
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
+        until=config.until and _until(config.until),
     )
 
 
@@ -252,6 +260,11 @@ def _source(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts])
         for name, found in prompts.items()
     ]
     return MixedPrompts(sources, list(config.shares.values())) if len(sources) > 1 else sources[0]
+
+
+def _until(config: UntilConfig) -> Until:
+    plateau = config.plateau and Plateau(**config.plateau.model_dump())
+    return Until(plateau=plateau, tokens=config.tokens, hours=config.hours)
 
 
 def _settings(subnetwork: SubnetworkConfig) -> dict[str, Any]:

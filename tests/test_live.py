@@ -113,6 +113,23 @@ def test_while_it_is_behind_it_lets_versions_pass_and_says_which(versions: list[
     assert log.rows[0]["ever_moved"] == 1 / 6  # what came back before it looked is not known
 
 
+def test_a_stage_that_ends_early_gets_its_report_then_and_later_ones_move_up(
+    versions: list[WeightImage], tmp_path: Path
+) -> None:
+    """Stage one of nine steps ends with version 3: the next one is version 4 alone, as in the other tests."""
+    stages = [
+        ObservedStage(name="one", first=0, last=9, start=tmp_path / "one"),
+        ObservedStage(name="two", first=9, last=10, start=tmp_path / "two"),
+    ]
+    log = Log()
+    watching = VersionObserver(stages, tmp_path, log, log.show, spectra_every=99, budget=0.0)
+    watching.see(diff(None, versions[0]))
+    watching.end_early("one", 3)
+    watch(watching, versions[1:])
+    assert [(row["step"], row["stage"], row["passed"]) for row in log.rows] == [(3, "one", [1, 2]), (4, "two", [])]
+    assert [(event["event"], event["stage"]) for event in log.events] == [("report", "one"), ("report", "two")]
+
+
 @pytest.mark.parametrize(("budget", "wanted"), [(0.35, True), (0.25, False)])
 def test_the_report_of_a_stage_is_beside_the_budget(
     versions: list[WeightImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float, wanted: bool

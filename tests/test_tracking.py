@@ -445,6 +445,17 @@ def test_lines_come_every_two_seconds_and_at_both_ends_of_a_stage(clock: Clock, 
     assert lines_of(screen)[1].startswith("0:00:02  ")
 
 
+def test_a_stage_that_moves_on_is_counted_to_its_new_end_and_the_next_from_there(clock: Clock, screen: Console) -> None:
+    progress = Progress([("warmup", 10), ("math", 20)], screen, clock)
+    progress.show("step", step_row(1, "warmup"))
+    moves = {"event": "stage_moves_on", "stage": "warmup", "step": 1, "last": 2, "reason": "hours"}
+    progress.show("event", moves)
+    for step in (2, 3):
+        progress.show("step", step_row(step, "warmup" if step <= 2 else "math"))
+    shown = [line.split("  ")[1].split(" |")[0] for line in lines_of(screen)]
+    assert shown == ["warmup 1/10", "stage warmup is to end at version 2: hours", "warmup 2/2", "math 1/20"]
+
+
 def test_a_long_run_gets_fewer_lines(clock: Clock, screen: Console) -> None:
     """After an hour a line stands for 30 s: one-second steps 3601..3700 give three or four lines, not fifty."""
     progress = Progress([("math", 10**6)], screen, clock)

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,9 @@ class VersionObserver:
             dtype: what versions are rounded to before they are compared; None: compared as served.
             budget: share of one core's time.
         """
-        self._stages, self._run_dir, self._log, self._show = stages, run_dir, log, show
+        self._stages, self._run_dir, self._log, self._show = tuple(stages), run_dir, log, show
         self._spectra_every, self._dtype = spectra_every, dtype
         self._budget, self._clock, self._started, self._spent_s = budget, clock, clock(), 0.0
-        self._ends = {stage.last for stage in stages}
         self._given: int | None = None
         self._passed: list[int] = []
         self._failed = threading.Event()
@@ -99,12 +98,21 @@ class VersionObserver:
         """The version it was given last."""
         return self._given
 
+    def end_early(self, stage: str, last: int) -> None:
+        """The stage's last version, which was not seen yet, is this one; later stages begin that much earlier."""
+        moved, shift = [], 0
+        for observed in self._stages:
+            ends = last if observed.name == stage else observed.last - shift
+            moved.append(replace(observed, first=observed.first - shift, last=ends))
+            shift = observed.last - ends
+        self._stages = tuple(moved)
+
     def wants(self, version: int) -> bool:
         """Whether it takes this version; one that it does not is noted in the next row."""
         if self._failed.is_set():
             return False
         behind = self._work.unfinished_tasks or self._spent_s > self._budget * (self._clock() - self._started)
-        if behind and version not in self._ends and self._given is not None:
+        if behind and not self._ends_stage(version) and self._given is not None:
             self.let_pass(version)
             return False
         return True
@@ -126,6 +134,9 @@ class VersionObserver:
         if self._thread.is_alive():
             self._give_up(f"the last versions took longer than {limit_s:g} s")
 
+    def _ends_stage(self, version: int) -> bool:
+        return any(version == stage.last for stage in self._stages)
+
     # -- in its thread -------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
@@ -137,7 +148,7 @@ class VersionObserver:
                 try:
                     self._measure(*item)
                 finally:
-                    if item[0].version not in self._ends:
+                    if not self._ends_stage(item[0].version):
                         self._spent_s += time.thread_time() - began
                     self._work.task_done()
         except Exception as error:  # noqa: BLE001 - who watches a run must not end it; said once, and it stops watching

@@ -10,10 +10,16 @@ version any live sampler holds. A group is admitted only if its step is at most 
     3. A step updates weights whose version is the step's own number (versions count optimizer steps).
        Hence age = step - version of the oldest token <= (v + S) - v = S.                                        QED
 
-No deadlock: while the learner is at step t every sampler reaches version t, so all P positions of step t are admissible.
+No deadlock: while the learner is at step t every sampler reaches version t, so all P positions of step t are admissible. If
+one version in N is published, it reaches t - N + 1 at least, which is enough with N - 1 <= S. With N - 1 = S the groups of N
+steps are all of one version: those of the next N are admissible when it is published, and not before.
 At most (S + 1) P groups are alive. With S = 0 nothing of step t + 1 is admitted before every sampler holds the weights
 step t produced: the synchronous loop. Stages queue separately: a group dropped at the end of one stage is replaced within
 that stage, so a stage switch neither drains the pipeline nor shifts the next stage's steps.
+
+Early ends. `end_early` makes the step that a stage's admitted groups reach its last one; all later stages begin that much
+earlier. The groups keep their steps, and those of later stages train earlier than they were admitted for (1), so the bound
+holds. Groups of the next stage are admitted for the steps right behind, at once: nobody's work is thrown away, nobody waits.
 
 Stragglers. `defer` makes an unfinished group change places with a finished one behind it. This is the one move that
 can make a group train later than it was admitted for; the learner then masks the tokens older than S
@@ -63,6 +69,8 @@ class Position:
     """Per stage: admitted prompts neither trained nor dropped yet, in order; a resumed run admits them first."""
     sources: tuple[Any, ...] = ()
     """Per stage: the state of its prompts, by which these ordinals are the prompts that they were."""
+    num_steps: tuple[int, ...] = ()
+    """Per stage: its steps, fewer than planned where it ends early."""
 
 
 @dataclass(slots=True)
@@ -78,14 +86,15 @@ class _Entry:
 @dataclass(slots=True)
 class _StageQueue:
     plan: StagePlan
-    first_step: int
+    num_steps: int
     next_ordinal: int
     pending: deque[int]
+    first_step: int = 0
     entries: list[_Entry] = field(default_factory=list)
 
     @property
     def end_step(self) -> int:
-        return self.first_step + self.plan.num_steps
+        return self.first_step + self.num_steps
 
 
 class RolloutBuffer:
@@ -100,12 +109,12 @@ class RolloutBuffer:
         self.counts: Counter[str] = Counter()
         self._tickets = 0
         self._queues: list[_StageQueue] = []
-        first_step = 0
         for index, plan in enumerate(plans):
+            num_steps = start.num_steps[index] if start.num_steps else plan.num_steps
             next_ordinal = start.next_ordinals[index] if start.next_ordinals else 0
             pending = deque(start.pending[index] if start.pending else ())
-            self._queues.append(_StageQueue(plan, first_step, next_ordinal, pending))
-            first_step += plan.num_steps
+            self._queues.append(_StageQueue(plan, num_steps, next_ordinal, pending))
+        self._line_up()
         self._alive: dict[int, _Entry] = {}
 
     # -- what the two loops call ---------------------------------------------------------------------------------------
@@ -203,6 +212,21 @@ class RolloutBuffer:
         self.counts["trained"] += size
         self.step += 1
 
+    def end_early(self, stage: int) -> bool:
+        """End `stage` with the step that its admitted groups reach; False where it ends there anyway, or early already.
+
+        Call right after a `commit` of the stage, before groups are admitted again: with max_staleness = 0 it is over then.
+        """
+        queue = self._queues[stage]
+        assert queue.first_step < self.step <= queue.end_step, f"step {self.step - 1} was none of stage {stage}"
+        num_admitted = len(queue.entries) + len(queue.pending)
+        end_step = self.step + -(-num_admitted // queue.plan.groups_per_step)
+        if queue.num_steps < queue.plan.num_steps or end_step >= queue.end_step:
+            return False
+        queue.num_steps = end_step - queue.first_step
+        self._line_up()
+        return True
+
     def publish(self, version: int) -> None:
         """Every live sampler now holds `version` or newer."""
         assert version <= self.step and (self.published is None or self.published <= version), (version, self.step)
@@ -228,11 +252,19 @@ class RolloutBuffer:
             step=self.step,
             next_ordinals=tuple(q.next_ordinal for q in self._queues),
             pending=tuple((*(e.ticket.ordinal for e in q.entries), *q.pending) for q in self._queues),
+            num_steps=tuple(q.num_steps for q in self._queues),
         )
 
     def stage_of(self, step: int) -> int:
         """Index of the stage that `step` belongs to."""
         return next(i for i, q in enumerate(self._queues) if step < q.end_step)
+
+    def first_step(self, stage: int) -> int:
+        return self._queues[stage].first_step
+
+    def end_step(self, stage: int) -> int:
+        """The version that `stage` ends with."""
+        return self._queues[stage].end_step
 
     def check_accounting(self) -> None:
         """Nothing is lost and nothing counted twice: admitted = in flight + buffered + being trained + ended."""
@@ -242,6 +274,11 @@ class RolloutBuffer:
 
     def snapshot(self) -> Mapping[str, int]:
         return {"in_flight": self.in_flight, "buffered": self.buffered, **self.counts}
+
+    def _line_up(self) -> None:
+        first_step = 0
+        for queue in self._queues:
+            queue.first_step, first_step = first_step, first_step + queue.num_steps
 
     def _current(self) -> _StageQueue:
         return self._queues[self.stage_of(self.step)]

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,7 @@ from rlpost.pipeline.deadlines import Bell, within
 from rlpost.pipeline.evaluation import EvalSet, evaluate
 from rlpost.pipeline.fleet import Fleet, Limits
 from rlpost.pipeline.ledger import Ledger
+from rlpost.pipeline.moving_on import HOURS, REWARD, TOKENS, History, Until, eval_figure, moves_on
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
 from rlpost.pipeline.step_metrics import Published, StepRecord, step_metrics
@@ -68,6 +70,8 @@ class Stage:
     """How long the learner waits for a straggler while finished groups stand behind it; None: as long as it takes."""
     shaping: Mapping[str, Any] | None = None
     """The table of `reward.shaping.shape`; None: the verifier's reward as it is."""
+    until: Until | None = None
+    """What may end it early."""
 
     @property
     def sampled(self) -> bool:
@@ -132,6 +136,10 @@ class Observer(Protocol):
         """Take a version, complete or as changes of the one `held`; returns at once."""
         ...
 
+    def end_early(self, stage: str, last: int) -> None:
+        """The stage's last version, which is not published yet, will be this one."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
@@ -139,6 +147,8 @@ class RunSettings:
     limits: Limits
     checkpoint_every: int = 0
     """Steps between checkpoints within a stage; 0: only when a stage ends."""
+    publish_every: int = 1
+    """Of a stage's versions, each whose number of steps this divides is published, and its last one."""
     max_failed_share: float = 0.05
     """Of all rollouts, those that may be lost or not judged before the run stops."""
     max_refills: int = 10
@@ -163,6 +173,7 @@ class Controller:
         archive: Archive | None = None,
         observer: Observer | None = None,
         start: Position | None = None,
+        history: History | None = None,
         load_from: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -171,6 +182,7 @@ class Controller:
         self._decode = decode
         self._archive, self._observer, self._load_from = archive, observer, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
+        self._history = history or History()
         if start is not None and start.sources:
             for stage, state in zip(stages, start.sources, strict=True):
                 stage.prompts.restore(state)
@@ -321,25 +333,25 @@ class Controller:
 
     async def _train_loop(self) -> None:
         resumed_stage = await self._load()
-        start, end = self.buffer.step, 0
+        start = self.buffer.step
         for index, stage in enumerate(self.stages):
-            first_step, end = end, end + stage.plan.num_steps
-            resumed = index == resumed_stage
-            if end <= start and not resumed:
+            trains, resumed = start < self.buffer.end_step(index), index == resumed_stage
+            if not trains and not resumed:
                 continue
             if not resumed:
                 await self._begin(index)
             if self._read is None:
                 await self._publish()
-                if start < end:
+                if trains:
                     self._evaluate("start" if self._load_from is None else "resume")
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
-            while self.buffer.step < end:
-                await self._train_step(stage, self.buffer.step - first_step)
-            if not stage.sampled and start < end:
+            self._noted = self._clock()
+            while self.buffer.step < self.buffer.end_step(index):
+                await self._train_step(index)
+            if not stage.sampled and trains:
                 await self._publish()
             # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
-            if start < end:
+            if trains:
                 await self._checkpoint()
             self._evaluate(stage.name)
             await self.checkpoints.export(stage.name, self.workers.learner)
@@ -375,9 +387,10 @@ class Controller:
         await self._learn("load", self.workers.learner.load(self._load_from))
         return saved_stage
 
-    async def _train_step(self, stage: Stage, step_in_stage: int) -> None:
+    async def _train_step(self, index: int) -> None:
         started, waited_s, groups = self._clock(), 0.0, []
-        version, bound = self.buffer.step, stage.plan.max_staleness
+        stage, version = self.stages[index], self.buffer.step
+        bound = stage.plan.max_staleness
         while self.buffer.num_missing:
             arrived: list[Finished] = self.buffer.take()
             if not arrived:
@@ -393,7 +406,7 @@ class Controller:
                 self.workers.learner.accumulate(graded, learner_version=version, max_staleness=bound),
             )
         lr = learning_rate(
-            step_in_stage,
+            version - self.buffer.first_step(index),
             peak=stage.lr,
             warmup_steps=stage.lr_warmup_steps,
             num_steps=stage.plan.num_steps,
@@ -401,8 +414,9 @@ class Controller:
             frozen_steps=stage.lr_frozen_steps,
         )
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
+        self._move_on(index, groups)
         self._refills = 0
-        if stage.sampled:
+        if stage.sampled and self._is_published(index):
             await self._publish()
         self._bell.ring()
         self.buffer.check_accounting()
@@ -439,6 +453,25 @@ class Controller:
             if task.done() and not task.cancelled() and task.exception() is None:
                 self.buffer.commit()
 
+    def _move_on(self, index: int, groups: Sequence[Finished]) -> None:
+        """End the stage early if its rule says so. Nothing is awaited since the commit: nobody has been admitted."""
+        stage, version, now = self.stages[index], self.buffer.step, self._clock()
+        figures = {TOKENS: sum(sum(g.summary.num_tokens_G) for g in groups), HOURS: (now - self._noted) / 3600}
+        if stage.sampled:
+            figures[REWARD] = fmean(j.reward for group in groups for j in group.judgements)
+        self._history.note(version - 1, figures)
+        self._noted = now
+        if stage.until is None:
+            return
+        reason = moves_on(self._history.since(self.buffer.first_step(index)), stage.until)
+        if reason is None or not self.buffer.end_early(index):
+            return
+        last = self.buffer.end_step(index)
+        self._event("stage_moves_on", stage=stage.name, step=version, last=last, reason=reason)
+        if self._observer is not None:
+            self._observer.end_early(stage.name, last)
+        self._bell.ring()
+
     @staticmethod
     def _denominator(stage: Stage, groups: Sequence[Finished]) -> float:
         return step_denominator(
@@ -447,6 +480,11 @@ class Controller:
             [group.advantages_G for group in groups],
             max_response_tokens=stage.max_response_tokens,
         )
+
+    def _is_published(self, index: int) -> bool:
+        """Whether the present version, which this stage made, is for the samplers."""
+        num_steps = self.buffer.step - self.buffer.first_step(index)
+        return num_steps % self.settings.publish_every == 0 or self.buffer.step == self.buffer.end_step(index)
 
     async def _publish(self) -> None:
         """Start bringing the present version to the samplers, once the previous one has arrived."""
@@ -523,6 +561,7 @@ class Controller:
         for eval_set in self.eval_sets:
             result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
             self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
+            self._history.note(version, {eval_figure(eval_set.name): result["accuracy"]})
 
     async def _learn(self, phase: str, call: Any) -> Any:
         return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)

@@ -22,6 +22,7 @@ from rlpost.pipeline.buffer import Position, StagePlan
 from rlpost.pipeline.controller import Controller, RunSettings, Stage
 from rlpost.pipeline.evaluation import EvalSet
 from rlpost.pipeline.fleet import Limits
+from rlpost.pipeline.moving_on import History
 from rlpost.types import Judgement, Prompt, Rollout, RolloutGroup
 from rlpost.workers.local import LocalLearner, LocalSampler, LocalVerifier, LocalWorkers
 
@@ -123,8 +124,8 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, publish_changes=True, archive=None, observer=None,
-    lora=None, serve_adapter=False, **RunSettings)"""
+    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, history=None, publish_changes=True, archive=None,
+    observer=None, lora=None, serve_adapter=False, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
@@ -136,6 +137,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         eval_sets: Sequence[EvalSet] = (),
         start: Position | None = None,
         load_from: Path | None = None,
+        history: History | None = None,
         publish_changes: bool = True,
         archive: Any = None,
         lora: LoraSpec | None = None,
@@ -167,6 +169,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             observer=observer,
             start=start,
             load_from=load_from,
+            history=history,
         )
         return Run(controller, tracker, checkpoints, learner)
 

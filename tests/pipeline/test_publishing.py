@@ -73,6 +73,35 @@ def test_after_the_first_version_only_changes_are_sent_and_the_run_is_that_of_co
     assert sampler.sent == [(None, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
 
 
+def test_n_steps_learn_from_groups_of_one_version(make_run: MakeRun) -> None:
+    """N = 3 and S = 2, stages of 7 and 3 steps, the second one behind the first's seventh, its last and alone in its batch."""
+    stages = [make_stage("a", staleness=2, steps=7), make_stage("b", staleness=2, steps=3)]
+    watched: list[Any] = []
+
+    def wrap(sampler: Any) -> Watched:
+        watched.append(Watched(sampler))
+        return watched[-1]
+
+    run = make_run(stages, wrap_sampler=wrap, publish_every=3, log_groups=3).start()
+    assert watched[0].sent == [(None, 0), (0, 3), (3, 6), (6, 7), (7, 10)]
+    rows = run.tracker.of("step")[:7]
+    for row in rows:
+        age = (row["step"] - 1) % 3
+        assert row[f"staleness/groups_age_{age}"] == 3 and row["staleness/group_mean"] == age
+        assert row[f"staleness/token_share_age_{age}"] == 1.0
+    drawn = {(row["step"], *(v for v, *_ in row["versions"])) for row in run.tracker.of("rollout") if row["step"] <= 7}
+    assert drawn == {(1, 0), (2, 0), (3, 0), (4, 3), (5, 3), (6, 3), (7, 6)}
+
+
+def test_the_first_of_n_steps_is_that_of_a_synchronous_run_and_the_others_go_on_from_it(make_run: MakeRun) -> None:
+    """So that the first step of a batch is on-policy, and no other is: its ratios are 1 up to rounding."""
+    run = make_run([make_stage(staleness=1, steps=4, lr=1e-2)], publish_every=2).start()
+    synchronous = make_run([make_stage(staleness=0, steps=1, lr=1e-2)]).start()
+    assert run.losses()[0] == synchronous.losses()[0]
+    gaps = [row["mismatch/logprob_gap_mean"] for row in run.tracker.of("step")]
+    assert max(gaps[0::2]) < 1e-5 and min(gaps[1::2]) > 1e-3
+
+
 def test_an_adapter_beside_its_base_learns_what_a_merged_one_does_at_a_fraction_of_the_bytes(make_run: MakeRun) -> None:
     """Two stages, the second on the base that the first one's adapter is merged into. W x + s B (A x) and (W + s B A) x differ in
     the last bits of float32: the same tokens are drawn, and their log-probs, losses and gradients differ in as little."""
