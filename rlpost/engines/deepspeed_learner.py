@@ -488,13 +488,33 @@ def stored_masters(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: when an adapter was trained.
     """
-    if lora := json.loads((path / "learner.json").read_text())["lora"]:
-        raise ValueError(f"{path} has the masters of an adapter alone ({lora}): compare what the run exported")
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress, without end
-        found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
-    assert found is not None
+    layout = json.loads((path / "learner.json").read_text())
+    if layout["lora"]:
+        raise ValueError(
+            f"{path} has the masters of an adapter alone ({layout['lora']}): compare what the run exported"
+        )
+    if (layout["zero_stage"], layout["dtype"]) == (1, "torch.bfloat16"):
+        found = _masters_of_bf16_optimizer(path / TAG, layout["world_size"])
+    else:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress, without end
+            found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
+        assert found is not None
     prefix = "policy."  # as `Scorer` calls it
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+def _masters_of_bf16_optimizer(path: Path, num_ranks: int) -> dict[str, Tensor]:
+    """Those that DeepSpeed's own reader refuses: of each group of parameters, one rank's part after another."""
+    model = torch.load(path / "mp_rank_00_model_states.pt", weights_only=False)
+    files = [path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(num_ranks)]
+    parts = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
+    masters = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat_N = torch.cat([part["single_partition_of_fp32_groups"][group] for part in parts])
+        sizes = [shape.numel() for shape in shapes.values()]
+        pieces = flat_N[: sum(sizes)].split(sizes)
+        masters |= {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    return masters
 
 
 def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:
