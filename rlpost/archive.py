@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.checkpoint import EXPORTS, sync_directory
+from rlpost.checkpoint import EXPORTS, latest_checkpoint, sync_directory
 from rlpost.core.delta import encode
 from rlpost.core.patch import PatchWriter, WeightPatch, from_bytes, patched_tensor, rebuilt, refuse_removed, write_patch
 from rlpost.core.weights import merged
@@ -254,6 +254,24 @@ def last_export(run_dir: Path) -> Path | None:
     """The model that a run exported last, where the run's directory is now: it may have been moved. None before the first."""
     exports = [row["path"] for row in read_rows(run_dir / FILES["event"]) if row["event"] == "export"]
     return run_dir / EXPORTS / Path(exports[-1]).name if exports else None
+
+
+def last_masters(run_dir: Path) -> dict[str, Tensor]:
+    """float32 master weights of a run's last checkpoint, which is unpickled: only of a run that you trust.
+
+    Raises:
+        ValueError: when there is none, it is damaged, or an adapter was trained.
+    """
+
+    def refuse(path: Path, files: list[str]) -> None:
+        raise ValueError(f"{path} is damaged ({', '.join(files)}): remove it, and the checkpoint before it is read")
+
+    checkpoint = latest_checkpoint(run_dir, refuse)
+    if checkpoint is None:
+        raise ValueError(f"{run_dir} has no checkpoint, where master weights are: compare what it exported")
+    from rlpost.engines.deepspeed_learner import stored_masters
+
+    return stored_masters(checkpoint.learner_path)
 
 
 def _chain(bases: Mapping[int, int | None], version: int) -> list[int]:

@@ -16,7 +16,8 @@ from rlpost import __version__, exit_codes
 
 VERSION = (
     "a model directory, a safetensors file or index, a run's directory (what it exported last), RUN@N (version N of a run's"
-    " archive), or org/name[@revision] on the Hugging Face hub"
+    " archive), RUN@masters (float32, of its last checkpoint, which is unpickled: only of a run you trust), or"
+    " org/name[@revision] on the Hugging Face hub"
 )
 
 

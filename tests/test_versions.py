@@ -172,6 +172,7 @@ def test_a_place_that_holds_no_version_is_named_with_the_remedy(planted: tuple[P
     cases = {
         "nowhere": "nowhere is not there: give a model directory",
         "nowhere@3": "nowhere@3 is not there: .*RUN@N",
+        "run@masters": "run has no checkpoint, where master weights are",
         "run": "run has not exported a model yet: .*run@N",
         "run@3": "does not hold version 3: it is empty",
         "model.bin": r"model.bin is no \*.safetensors",

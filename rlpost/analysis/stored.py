@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlpost.analysis.adapter import MergedAdapter
-from rlpost.archive import VERSIONS, VersionArchive, last_export
+from rlpost.archive import VERSIONS, VersionArchive, last_export, last_masters
 from rlpost.core.patch import check_chain, rebuilt_tensor
 from rlpost.core.sparsity import in_pieces
 from rlpost.core.weights import adapter_names, dtype_name, is_of_adapter, merged
@@ -21,6 +21,7 @@ from rlpost.tracking import FILES
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 HEAD = "lm_head.weight"
+MASTERS = "masters"
 VOCABULARY = (*EMBEDDINGS, HEAD, "lm_head.bias")
 """Ends of the names of weights with a row per token."""
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -95,7 +96,8 @@ def open_version(where: str, *, base: StoredVersion | None = None, dtype: torch.
     """
     Args:
         where: a model directory, a safetensors file, a shard index, a LoRA adapter of peft, a run's directory (the model
-            it exported last), RUN@N (version N of its archive), or a name on the Hugging Face hub, org/name or
+            it exported last), RUN@N (version N of its archive), RUN@masters (the float32 weights of its last checkpoint,
+            whole in memory; it is unpickled, so only of a run that you trust), or a name on the Hugging Face hub, org/name or
             org/name@revision. What is on this disk is never looked for on the hub.
         base: what an adapter changes.
         dtype: what an adapted weight is rounded to; None: the base's.
@@ -124,6 +126,8 @@ def open_version(where: str, *, base: StoredVersion | None = None, dtype: torch.
     run, at, version = where.rpartition("@")
     if at and version.isdecimal() and Path(run).is_dir():
         return ArchivedVersion(VersionArchive(Path(run) / VERSIONS), int(version))
+    if at and version == MASTERS and Path(run).is_dir():
+        return HeldVersion(last_masters(Path(run)))
     found = _HUB_NAME.fullmatch(where)
     if found is None:
         raise ValueError(

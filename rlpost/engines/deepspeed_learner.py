@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -27,6 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from rlpost.core.batching import collate, plan_micro_batches
 from rlpost.core.critic import Values
@@ -477,6 +478,43 @@ class DeepSpeedLearner:
             "dtype": str(self._dtype),
             "lora": None if self._adapter is None else str(self._adapter.spec),
         }
+
+
+def stored_masters(path: Path) -> dict[str, Tensor]:
+    """float32 master weights of the policy, by checkpoint name, in what a learner of any number of ranks has saved.
+
+    It is unpickled: only what you trust.
+
+    Raises:
+        ValueError: when an adapter was trained.
+    """
+    layout = json.loads((path / "learner.json").read_text())
+    if layout["lora"]:
+        raise ValueError(
+            f"{path} has the masters of an adapter alone ({layout['lora']}): compare what the run exported"
+        )
+    if (layout["zero_stage"], layout["dtype"]) == (1, "torch.bfloat16"):
+        found = _masters_of_bf16_optimizer(path / TAG, layout["world_size"])
+    else:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress, without end
+            found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
+        assert found is not None
+    prefix = "policy."  # as `Scorer` calls it
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+def _masters_of_bf16_optimizer(path: Path, num_ranks: int) -> dict[str, Tensor]:
+    """Those that DeepSpeed's own reader refuses: of each group of parameters, one rank's part after another."""
+    model = torch.load(path / "mp_rank_00_model_states.pt", weights_only=False)
+    files = [path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(num_ranks)]
+    parts = [torch.load(file, mmap=True, weights_only=False)["optimizer_state_dict"] for file in files]
+    masters = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat_N = torch.cat([part["single_partition_of_fp32_groups"][group] for part in parts])
+        sizes = [shape.numel() for shape in shapes.values()]
+        pieces = flat_N[: sum(sizes)].split(sizes)
+        masters |= {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    return masters
 
 
 def _config(dtype: torch.dtype, zero_stage: int, num_elements: int) -> dict[str, Any]:

@@ -196,6 +196,21 @@ def test_a_fresh_process_resumes_bit_for_bit(name: str, resumed: dict[str, tuple
     check_resumed(*resumed[name])
 
 
+@pytest.mark.engines
+@pytest.mark.parametrize("kind", FULL, ids=str)
+def test_masters_are_read_from_a_checkpoint_of_any_number_of_ranks(
+    kind: Kind, resumed: dict[str, tuple[Result, Result]], two_ranks: dict[str, list[Result]], checkpoints: Path
+) -> None:
+    """Under checkpoint names. In bfloat16 they are not the working weights."""
+    from rlpost.engines.deepspeed_learner import stored_masters
+
+    for ranks, saved in (("one", resumed[str(kind)][0].saved), ("two", two_ranks[str(kind)][0].saved)):
+        found = stored_masters(checkpoints / f"{ranks}-{kind}")
+        assert found.keys() - {"lm_head.weight"} == saved.keys()  # tied
+        assert all(torch.equal(found[name], master) for name, master in saved.items())
+        assert not all(torch.equal(master, master.bfloat16().float()) for master in found.values())
+
+
 def check_resumed(whole: Result, rest: Result) -> None:
     assert same(rest.before, whole.saved) and not same(whole.saved, whole.before)
     assert rest.norms == whole.norms[2:]
