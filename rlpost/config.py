@@ -15,6 +15,8 @@ Dtype = Literal["bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+RESERVED = ("start", "resume", "step")
+"""What eval.jsonl calls evaluations that are not the one after a stage."""
 MAX_SERVED_RANK = 512
 """vLLM's (`vllm.config.lora.MaxLoRARanks`)."""
 
@@ -772,6 +774,8 @@ def check_warmup(stage: StageConfig, steps: int) -> None:
 
 
 class EvalConfig(Table):
+    """Judged before the first stage and after each; `every` so many steps too."""
+
     name: str
     data: str
     num_prompts: Positive = 256
@@ -779,6 +783,8 @@ class EvalConfig(Table):
     """Rollouts per prompt; the score is their mean."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     max_response_tokens: Positive
+    every: Positive | None = None
+    """Steps of the run from one evaluation to the next within stages, beside training. See docs/evaluation.md."""
 
 
 class Recipe(Table):
@@ -817,6 +823,8 @@ class Recipe(Table):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
                 raise ValueError(f"names must differ, got {names}")
+        if taken := [stage.name for stage in self.stage if stage.name in RESERVED]:
+            raise ValueError(f"eval.jsonl has other rows under the name {taken[0]!r}: give the stage another")
         for stage in self.stage:
             if stage.subnetwork is not None and self.learner.lora is not None:
                 raise ValueError(
@@ -875,11 +883,16 @@ def _check_until(stage: StageConfig, evals: Sequence[EvalConfig]) -> None:
                 " no reward: use eval/<name>/accuracy"
             )
         return
-    names = [f"eval/{item.name}/accuracy" for item in evals]
-    if plateau.figure not in names:
+    every = {f"eval/{item.name}/accuracy": item.every for item in evals}
+    if plateau.figure not in every:
         raise ValueError(
             f"stage {stage.name!r}: no [[eval]] gives until.plateau.figure = {plateau.figure!r}; there are"
-            f" {['reward/mean', *names]}"
+            f" {['reward/mean', *every]}"
+        )
+    if every[plateau.figure] is None:
+        raise ValueError(
+            f"stage {stage.name!r}: until.plateau.figure = {plateau.figure!r} has no value within the stage: give that [[eval]]"
+            " an `every`"
         )
 
 

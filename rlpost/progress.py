@@ -29,6 +29,7 @@ EVENT_LINES = {
     "update_refused": ("{worker} refused version {version}: {detail}", "bold yellow"),
     "group_failed": ("group of {prompt} failed ({failure}): {detail}", "yellow"),
     "rollouts_unjudged": ("{rollouts} rollouts of {prompt} could not be judged: {detail}", "yellow"),
+    "evaluation_skipped": ("version {step} is not evaluated: an evaluation of an earlier one goes on", "yellow"),
     "stragglers_deferred": ("step {step} goes on without its stragglers; they train later", "yellow"),
     "checkpoint": ("checkpoint of step {step} written to {path}", ""),
     "export": ("model after stage {stage} written to {path}", ""),
@@ -37,7 +38,7 @@ EVENT_LINES = {
     "wandb_started": ("wandb run {id}: {where}", ""),
     "wandb_failed": ("wandb is off from here: {detail}. The files in the run directory go on", "bold yellow"),
 }
-FREQUENT = ("group_failed", "rollouts_unjudged", "stragglers_deferred")
+FREQUENT = ("group_failed", "rollouts_unjudged", "stragglers_deferred", "evaluation_skipped")
 
 
 class Progress:
@@ -166,10 +167,14 @@ def step_line(rows: Sequence[Mapping[str, Any]], place: str) -> str:
     return " | ".join(parts)
 
 
+EVALUATED = {"start": "before training", "resume": "on resuming", "step": "beside training"}
+"""When, where it was not after the stage of that name."""
+
+
 def eval_line(row: Mapping[str, Any]) -> str:
     """One evaluation, with its standard error and what it was measured on."""
     samples = f" x {row['num_samples']}" if row["num_samples"] > 1 else ""
-    when = "before training" if row["when"] == "start" else f"after stage {row['when']}"
+    when = EVALUATED.get(row["when"], f"after stage {row['when']}")
     return (
         f"eval {row['eval']} {100 * row['accuracy']:.1f} % +- {100 * row['accuracy_se']:.1f}"
         f" (n = {row['num_prompts']}{samples}, T = {row['temperature']:.1f}) {when}, version {row['step']}"

@@ -149,6 +149,7 @@ def _eval_sets(recipe: Recipe, prompts: Mapping[str, Prompts]) -> tuple[EvalSet,
             num_samples=item.samples,
             temperature=item.temperature,
             max_tokens=item.max_response_tokens,
+            every=item.every,
         )
         for item in recipe.eval
     )

@@ -156,12 +156,14 @@ def _startups(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def _learned(rows: Iterator[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Per eval set, its evaluations in order of version, each with the gain since the one before and since the first.
+    """Per eval set, its evaluations between stages in order of version, each with the gain since the one before and since the
+    first.
 
     The standard error of a gain adds both variances, as if the draws were independent. They are paired (same prompts,
     same seeds), which makes it an upper estimate.
     """
-    latest: dict[tuple[str, str], dict[str, Any]] = {(row["eval"], row["when"]): row for row in rows}
+    between = (row for row in rows if row["when"] != "step")
+    latest: dict[tuple[str, str], dict[str, Any]] = {(row["eval"], row["when"]): row for row in between}
     learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in sorted(latest.values(), key=lambda row: row["step"]):
         earlier = learned[row["eval"]]

@@ -130,6 +130,7 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
             "stage.rl.until.plateau={figure='eval/m/accuracy', min_gain=0.01}",
             r"no \[\[eval\]\] gives until.plateau.figure",
         ),
+        ("stage.rl.name=step", r"eval.jsonl has other rows under the name 'step'"),
         (
             "stage.warm.until.plateau={figure='reward/mean', min_gain=0.01}",
             r"'warm'.*no reward: use eval/<name>/accuracy",
@@ -162,6 +163,14 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
 def test_a_wrong_key_or_value_is_refused_with_its_place_and_a_remedy(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe(TREE, [override])
+
+
+def test_a_plateau_of_an_evaluation_needs_one_within_the_stage() -> None:
+    plateau = "stage.rl.until.plateau={figure='eval/m/accuracy', min_gain=0.01}"
+    sets = "eval=[{name='m', data='math', max_response_tokens=16%s}]"
+    with pytest.raises(RecipeError, match=r"has no value within the stage: give that \[\[eval\]\] an `every`"):
+        build_recipe(TREE, [plateau, sets % ""])
+    build_recipe(TREE, [plateau, sets % ", every=5"])
 
 
 def test_a_bootstrapped_response_can_have_no_reward_for_its_length() -> None:

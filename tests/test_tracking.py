@@ -649,7 +649,9 @@ async def test_every_key_of_an_evaluation_is_documented_and_nothing_else_is() ->
 
     eval_set = EvalSet(name="math", prompts=[Group("math", 0).prompt], num_samples=2, temperature=1.0, max_tokens=5)
     settings = RunSettings(seed=0, limits=Limits())
-    row = await evaluate(eval_set, Fleet(), Verifier(), settings)  # type: ignore[arg-type]
+    group = Group("math", 0).summary
+    assert group.oldest_version == group.newest_version
+    row = await evaluate(eval_set, Fleet(), Verifier(), settings, version=group.newest_version)  # type: ignore[arg-type]
     assert {*row, "eval", "when", "step", "time"} == set(documented("eval.jsonl"))
 
 

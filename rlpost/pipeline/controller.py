@@ -192,6 +192,8 @@ class Controller:
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._showing: asyncio.Task[None] | None = None
         self._evals: list[asyncio.Task[None]] = []
+        self._judged = 0
+        """The version that was judged last, or would have been."""
         self._evaluating = Ledger("train", clock)
         self._refills = self._failed_rollouts = self._ended_rollouts = 0
         self._published: Published | None = None
@@ -343,7 +345,7 @@ class Controller:
             if self._read is None:
                 await self._publish()
                 if trains:
-                    self._evaluate("start" if self._load_from is None else "resume")
+                    self._evaluate("start" if self._load_from is None else "resume", self.eval_sets)
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
             self._noted = self._clock()
             while self.buffer.step < self.buffer.end_step(index):
@@ -353,7 +355,7 @@ class Controller:
             # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
             if trains:
                 await self._checkpoint()
-            self._evaluate(stage.name)
+            self._evaluate(stage.name, self.eval_sets)
             await self.checkpoints.export(stage.name, self.workers.learner)
             self._event("stage_end", stage=stage.name, step=self.buffer.step)
         if self._publishing is not None:
@@ -416,7 +418,8 @@ class Controller:
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         self._move_on(index, groups)
         self._refills = 0
-        if stage.sampled and self._is_published(index):
+        due = self._due(index)
+        if due or (stage.sampled and self._is_published(index)):
             await self._publish()
         self._bell.ring()
         self.buffer.check_accounting()
@@ -438,6 +441,8 @@ class Controller:
         await self._log_rollouts(stage, groups)
         if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
             await self._checkpoint()
+        if due:  # after the checkpoint, which then need not wait for it
+            self._evaluate("step", due)
 
     async def _step(self, *, denominator: float, lr: float) -> StepReport:
         """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
@@ -544,22 +549,43 @@ class Controller:
         except ValueError as error:
             raise RuntimeError(f"version {export.version} could not be archived: {error}") from error
 
-    def _evaluate(self, when: str) -> None:
-        """Judge the version just published on every eval set, beside whatever else goes on."""
-        if self.eval_sets:
-            self._evals.append(self._tasks.create_task(self._run_evaluation(when, self._publishing)))
+    def _due(self, index: int) -> list[EvalSet]:
+        """Sets to judge within the stage, of the present version: the first for samplers since a multiple of their `every`.
 
-    async def _run_evaluation(self, when: str, published: asyncio.Task[None] | None) -> None:
+        None while an evaluation goes on: it holds the samplers at its version, and the next would hold up training.
+        """
+        step = self.buffer.step
+        if step == self.buffer.end_step(index) or (self.stages[index].sampled and not self._is_published(index)):
+            return []
+        due = [each for each in self.eval_sets if each.every and step // each.every > self._judged // each.every]
+        if not due:
+            return []
+        if any(not task.done() for task in self._evals):
+            self._event("evaluation_skipped", step=step, evals=[each.name for each in due])
+            self._judged = step
+            return []
+        return due
+
+    def _evaluate(self, when: str, eval_sets: Sequence[EvalSet]) -> None:
+        """Judge the version just published, beside whatever else goes on."""
+        self._judged = self.buffer.step
+        self._evals = [task for task in self._evals if not task.done()]
+        if eval_sets:
+            self._evals.append(self._tasks.create_task(self._run_evaluation(when, eval_sets, self._publishing)))
+
+    async def _run_evaluation(
+        self, when: str, eval_sets: Sequence[EvalSet], published: asyncio.Task[None] | None
+    ) -> None:
         version = self.buffer.step
         if published is not None:
             await published
         async with self._holding:
             with self._evaluating.state("evaluate"):
-                await self._judge_sets(when, version)
+                await self._judge_sets(when, eval_sets, version)
 
-    async def _judge_sets(self, when: str, version: int) -> None:
-        for eval_set in self.eval_sets:
-            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings)
+    async def _judge_sets(self, when: str, eval_sets: Sequence[EvalSet], version: int) -> None:
+        for eval_set in eval_sets:
+            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings, version=version)
             self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
             self._history.note(version, {eval_figure(eval_set.name): result["accuracy"]})
 

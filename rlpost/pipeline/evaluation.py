@@ -23,6 +23,8 @@ class EvalSet:
     num_samples: int
     temperature: float
     max_tokens: int
+    every: int | None = None
+    """Steps from one evaluation to the next within a stage; None: it is judged between stages alone."""
 
 
 class Settings(Protocol):
@@ -63,13 +65,20 @@ async def draw(
     return handle, summary, judgements
 
 
-async def evaluate(eval_set: EvalSet, samplers: Samplers, verifier: Verifier, settings: Settings) -> dict[str, Any]:
-    """pass@1: the mean reward over all samples, with the standard error of the mean over prompts."""
+async def evaluate(
+    eval_set: EvalSet, samplers: Samplers, verifier: Verifier, settings: Settings, *, version: int
+) -> dict[str, Any]:
+    """pass@1 of the version that all samplers hold: the mean reward over all samples, with the standard error of the mean over
+    prompts."""
     numbers = range(eval_set.num_samples)
     results = await asyncio.gather(
         *(draw(eval_set, prompt, numbers, samplers, verifier, settings) for prompt in eval_set.prompts)
     )
     summaries = [summary for _, summary, _ in results]
+    drawn_from = {v for summary in summaries for v in (summary.oldest_version, summary.newest_version)} - {None}
+    assert drawn_from <= {version}, (
+        f"{eval_set.name} was to be judged of version {version}, and was drawn from {drawn_from}"
+    )
     judged = [judgements for *_, judgements in results]
     accuracy, error = clustered_mean(
         [sum(j.reward for j in group) for group in judged], [len(group) for group in judged]

@@ -326,6 +326,38 @@ def test_evaluation_judges_one_version_while_training_goes_on(make_run: MakeRun)
     assert all(row["num_prompts"] == 4 for row in rows)
 
 
+def held_out(name: str = "held-out", *, every: int | None) -> EvalSet:
+    return EvalSet(name=name, prompts=PROMPTS[:4], num_samples=2, temperature=1.0, max_tokens=4, every=every)
+
+
+def test_a_set_is_judged_every_few_steps_within_stages_of_any_kind(make_run: MakeRun) -> None:
+    stages = [make_stage("a", staleness=0, steps=5), make_stage("b", staleness=None, steps=5)]
+    run = make_run(stages, eval_sets=[held_out("often", every=3), held_out("rarely", every=None)]).start()
+    rows, skipped = run.tracker.of("eval"), [e["step"] for e in run.tracker.events("evaluation_skipped")]
+    often = [(row["when"], row["step"]) for row in rows if row["eval"] == "often"]
+    between = [("start", 0), ("a", 5), ("b", 10)]
+    assert [of for of in often if of[0] != "step"] == between
+    # A stage that is not sampled does not wait for evaluations of versions before it.
+    assert ("step", 3) in often and sorted([step for when, step in often if when == "step"] + skipped) == [3, 6, 9]
+    assert [(row["when"], row["step"]) for row in rows if row["eval"] == "rarely"] == between
+
+
+def test_an_evaluation_that_is_due_while_another_goes_on_is_left_out_and_named(make_run: MakeRun) -> None:
+    run = make_run([make_stage(staleness=3, steps=12)], eval_sets=[held_out(every=1)]).start()
+    judged = [row["step"] for row in run.tracker.of("eval") if row["when"] == "step"]
+    skipped = [event["step"] for event in run.tracker.events("evaluation_skipped")]
+    assert judged and skipped and sorted(judged + skipped) == list(range(1, 12))
+
+
+def test_versions_that_samplers_do_not_get_are_not_judged(make_run: MakeRun) -> None:
+    stages = [make_stage(staleness=3, steps=10)]
+    run = make_run(stages, eval_sets=[held_out(every=3)], publish_every=4).start()
+    steps = {row["step"] for row in run.tracker.of("eval")} | {
+        e["step"] for e in run.tracker.events("evaluation_skipped")
+    }
+    assert steps == {0, 4, 8, 10}
+
+
 class DyingSampler:
     """Dies at its n-th request, and stays dead."""
 
