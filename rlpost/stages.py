@@ -39,7 +39,7 @@ from rlpost.core.subnetwork import SUBNETWORKS
 from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
 from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
-from rlpost.data.sources import TokenizerLike, check_golds, load_dataset_prompts, load_generated, local_file
+from rlpost.data.sources import CARD, TokenizerLike, check_golds, load_dataset_prompts, load_generated, local_file
 from rlpost.pipeline.buffer import StagePlan
 from rlpost.pipeline.controller import Stage
 from rlpost.pipeline.evaluation import EvalSet
@@ -47,8 +47,6 @@ from rlpost.pipeline.moving_on import Plateau, Until
 from rlpost.pipeline.ports import PromptSource
 from rlpost.pipeline.seeds import derive_seed
 
-CARD = "card.json"
-"""What `rlpost data` tells of the data it wrote, beside it."""
 HELDOUT_SEED = 0
 """Held-out problems are the same whatever the run's seed, so that seeds compare."""
 NUM_CHECKED_GENERATED = 32

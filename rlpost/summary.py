@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlpost.tracking import FILES, plain, read_rows
+from rlpost.tracking import FILES, plain, read_rows, trained_on
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -121,13 +121,15 @@ class _Steps:
         for row in read_rows(run_dir / FILES["step"]):
             self.num_steps += 1
             self.times.append(row["time"])
-            seconds = row["timing_s/step"]
-            num_rollouts = round(row["perf/rollouts_per_s"] * seconds) if "wait/verdict" in row else 0
-            num_tokens = round(row["perf/tokens_per_s"] * seconds)
+            num_rollouts, num_tokens = trained_on(row)
+            sampled = "wait/verdict" in row
             self.stages[row["stage"]].update(
-                steps=1, seconds=seconds, rollouts=num_rollouts, response_tokens=num_tokens
+                steps=1,
+                seconds=row["timing_s/step"],
+                rollouts=num_rollouts if sampled else 0,
+                response_tokens=num_tokens,
             )
-            if "wait/verdict" in row:
+            if sampled:
                 self.num_rollouts += num_rollouts
                 self.verdicts.update(verdict for verdict in VERDICTS if row["wait/verdict"].startswith(verdict))
             for key, value in row.items():

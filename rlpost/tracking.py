@@ -199,6 +199,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 ) from error
 
 
+def trained_on(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Rollouts of a step and tokens of their responses, counted back from the rates in its row of metrics.jsonl."""
+    seconds = row["timing_s/step"]
+    return round(row["perf/rollouts_per_s"] * seconds), round(row["perf/tokens_per_s"] * seconds)
+
+
 def run_ended(run_dir: Path) -> bool:
     """Whether the last thing that happened in `run_dir` is the regular end of its run, every evaluation included."""
     last = deque(read_rows(run_dir / FILES["event"]), maxlen=1)

@@ -44,9 +44,9 @@ from rlpost.curation.plan import (
     CurationConfig,
 )
 from rlpost.curation.problems import Problem, Source, qualified, sha256
-from rlpost.data.sources import check_filled, fill, local_file, read_rows
+from rlpost.data.sources import CARD, check_filled, fill, local_file, read_rows
 
-DATA, LEFT_OUT, CARD, CARD_TEXT = "data.parquet", "left_out.jsonl", "card.json", "card.md"
+DATA, LEFT_OUT, CARD_TEXT = "data.parquet", "left_out.jsonl", "card.md"
 CHUNK = 256
 CACHED_TEXTS = 10_000
 

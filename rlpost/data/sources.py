@@ -24,6 +24,8 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """A column's name in a prompt template."""
 ON_THE_HUB = "hf://"
 GOLDS_AT_ONCE = 1024
+CARD = "card.json"
+"""What `rlpost data` tells of the data it wrote, beside it."""
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 

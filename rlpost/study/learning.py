@@ -11,7 +11,7 @@ from typing import Any
 
 from rlpost.study.plan import GoalConfig, Study
 from rlpost.study.results import Over, accuracies
-from rlpost.tracking import FILES, read_rows
+from rlpost.tracking import FILES, read_rows, trained_on
 
 Row = Mapping[str, Any]
 
@@ -96,11 +96,7 @@ def learned(study: Study, arm: str) -> Learned:
 
 def _read(metrics: Sequence[Row], evals: Sequence[Row]) -> _Run:
     steps = [row for row in metrics if "reward/mean" in row]
-    counts = {
-        rate: [round(row[f"perf/{rate}_per_s"] * row["timing_s/step"]) for row in steps]
-        for rate in ("rollouts", "tokens")
-    }
-    rollouts, tokens = (list(itertools.accumulate(of_step)) for of_step in counts.values())
+    rollouts, tokens = (list(itertools.accumulate(of_step)) for of_step in zip(*map(trained_on, steps), strict=True))
     return _Run(steps=steps, rollouts=rollouts, tokens=tokens, evals=evals)
 
 
