@@ -99,7 +99,7 @@ def test_a_model_is_evaluated_as_a_run_evaluates_its_versions(evaluation: Any, t
     found = results["evals"]["math"]["models"]["A"]
     settings = RunSettings(seed=recipe.seed, limits=Limits())
     fresh = LocalSampler("sampler-0", PlainSampler(tiny_model))
-    row = asyncio.run(evaluate(eval_set, fresh, LocalVerifier(parity), settings))
+    row = asyncio.run(evaluate(eval_set, fresh, LocalVerifier(parity), settings, version=0))
     assert (row["accuracy"], row["accuracy_se"]) == (found["pass_at"]["1"]["mean"], found["pass_at"]["1"]["se"])
     assert row["response_length_mean"] == found["response_length_mean"] and row["outcomes"] == found["outcomes"]
     assert 0 < row["accuracy"] < 1
