@@ -229,6 +229,40 @@ def test_what_an_arm_learned_is_told_with_what_it_cost(
     assert line.split() == ["full", "run", "4", "2", "(1", "of", "2", "seeds)", "43.8", "±", "8.8", "0.300"]
 
 
+@pytest.mark.parametrize(
+    ("supervised", "num_figures", "num_dashed"), [({"its part"}, 3, 2), ({"full run", "its part"}, 1, 0)]
+)
+def test_an_arm_that_learns_from_given_responses_alone_stands_beside_others(
+    write_study: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    supervised: set[str],
+    num_figures: int,
+    num_dashed: int,
+) -> None:
+    """It meets the goal with seed 1, and no sampled token took it there. Dashed: the goal, and where it ended."""
+
+    def make(study: Study, run: PlannedRun) -> None:
+        plant_learning(study, run)
+        if run.arm in supervised:
+            metrics = run.directory / "metrics.jsonl"
+            metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+
+    monkeypatch.setattr(runs, "_make", make)
+    learning = ("seeds = [0, 1]", "seeds = [0, 1]\nmeasure = 'learning'\ngoal = {eval='math', accuracy=0.8}")
+    assert cli.main(["study", str(write_study(learning))]) == 0
+    part = json.loads((tmp_path / "runs" / "results.json").read_text())[1]
+    assert part["accuracy"]["math"] == [0.4, {"seeds": [0.75, 0.9]}]
+    assert part["rollouts"]["seeds"] == part["tokens"]["seeds"] == [0, 0] and part["goal_tokens"] == [None, 0]
+    assert part["without_signal"] is None and part["entropy"] is None and not any(part["step_curves"].values())
+    line = capsys.readouterr().out.split("no signal")[1].splitlines()[2]
+    assert line.split() == ["its", "part", "-", "-", "(1", "of", "2", "seeds)", "-", "-"]
+    page = (tmp_path / "runs" / "study.html").read_text()
+    assert page.count("<svg") == num_figures and page.count("<td>-</td>") == 4 * len(supervised)
+    assert page.count("stroke-dasharray") == num_dashed
+
+
 def test_samples_of_the_start_are_drawn_at_each_seed_before_the_arms_that_read_them(
     write_study: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,4 +328,4 @@ except KeyboardInterrupt:
 
 
 def test_a_figure_of_one_seed_has_no_spread() -> None:
-    assert over_text(Over((0.5,))) == "50.0" and over_text(Over((0.5, 0.6))) == "55.0 ± 7.1" and over_text(None) == ""
+    assert over_text(Over((0.5,))) == "50.0" and over_text(Over((0.5, 0.6))) == "55.0 ± 7.1" and over_text(None) == "-"

@@ -39,7 +39,8 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """An arm; whatever is counted is of the rollouts its steps were trained on, and given responses count nowhere."""
+    """An arm; whatever is counted is of the rollouts its steps were trained on, and given responses count nowhere: an arm that
+    learns from nothing else has none."""
 
     name: str
     accuracy: Mapping[str, tuple[float, Over]]
@@ -61,7 +62,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """The rows of a run's sampled steps, what had been trained on by each, and its evaluations."""
+    """The rows of a run's sampled steps, what had been trained on before the first and by each, and its evaluations."""
 
     steps: Sequence[Row]
     rollouts: Sequence[int]
@@ -70,7 +71,7 @@ class _Run:
 
     def tokens_at(self, step: int) -> int:
         """Trained on by the version of this step."""
-        return max((n for row, n in zip(self.steps, self.tokens, strict=True) if row["step"] <= step), default=0)
+        return self.tokens[sum(row["step"] <= step for row in self.steps)]
 
 
 def learned(study: Study, arm: str) -> Learned:
@@ -96,8 +97,13 @@ def learned(study: Study, arm: str) -> Learned:
 
 def _read(metrics: Sequence[Row], evals: Sequence[Row]) -> _Run:
     steps = [row for row in metrics if "reward/mean" in row]
-    rollouts, tokens = (list(itertools.accumulate(of_step)) for of_step in zip(*map(trained_on, steps), strict=True))
-    return _Run(steps=steps, rollouts=rollouts, tokens=tokens, evals=evals)
+    rollouts, tokens = zip((0, 0), *map(trained_on, steps), strict=True)
+    return _Run(
+        steps=steps,
+        rollouts=list(itertools.accumulate(rollouts)),
+        tokens=list(itertools.accumulate(tokens)),
+        evals=evals,
+    )
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:
@@ -126,9 +132,9 @@ def _eval_curve(runs: Sequence[_Run], name: str) -> Iterator[Point]:
 
 def _step_curve(runs: Sequence[_Run], key: str) -> Iterator[Point]:
     num_steps = min(len(run.steps) for run in runs)
-    width = math.ceil(num_steps / POINTS)
+    width = max(1, math.ceil(num_steps / POINTS))
     for start in range(0, num_steps, width):
         end = min(start + width, num_steps)
         value = _over([_mean(run.steps[start:end], key) for run in runs])
         if value is not None:
-            yield Point(statistics.fmean(run.rollouts[end - 1] for run in runs), value)
+            yield Point(statistics.fmean(run.rollouts[end] for run in runs), value)

@@ -52,8 +52,9 @@ def goal_text(goal: GoalConfig) -> str:
     return f"k tokens to {goal.eval} {100 * goal.accuracy:g} %"
 
 
-def thousands(count: float) -> str:
-    return f"{count / 1000:,.0f}"
+def thousands(count: float, *, digits: int = 0) -> str:
+    """A dash for nothing, which is what given responses come to."""
+    return f"{count / 1000:,.{digits}f}" if count else "-"
 
 
 def nats(result: Learned) -> str:
@@ -85,18 +86,23 @@ def write_page(path: Path, name: str, results: Sequence[Learned], *, goal: GoalC
 
 
 def figures(results: Sequence[Learned], goal: GoalConfig | None) -> dict[str, Figure]:
-    """In the order of the page."""
+    """In the order of the page; without the curves where no arm sampled anything that they could go along."""
     with style():
-        curves = {"accuracy": _accuracy(results, goal), "steps": _steps(results)}
+        sampled = any(result.rollouts.mean for result in results)
+        curves = {"accuracy": _accuracy(results, goal), "steps": _steps(results)} if sampled else {}
         return curves | before_and_after({result.name: result.accuracy for result in results})
 
 
 def _accuracy(results: Sequence[Learned], goal: GoalConfig | None) -> Figure:
-    """Held-out accuracy over response tokens, a panel per eval set."""
+    """Held-out accuracy over response tokens, a panel per eval set; of an arm without them, the height it ended at."""
 
     def draw(ax: Axes, name: str) -> None:
         for result, color in _colored(results):
-            _curve(ax, result.eval_curves[name], color, marker="o")
+            if result.tokens.mean:
+                _curve(ax, result.eval_curves[name], color, marker="o")
+            else:
+                _, after = result.accuracy[name]
+                ax.axhline(100 * after.mean, color=color, ls="--")
         ax.set_title(name)
         ax.set_ylabel("accuracy (%)")
         if goal is not None and goal.eval == name:

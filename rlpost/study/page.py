@@ -36,7 +36,7 @@ def render(results: Sequence[ArmResult]) -> Group:
 def over_text(over: Over | None, *, factor: float = 100, digits: int = 1) -> str:
     """Example: over_text(Over((0.5, 0.6))) == "55.0 ± 7.1"."""
     if over is None:
-        return ""
+        return "-"
     spread = "" if math.isnan(over.spread) else f" ± {factor * over.spread:.{digits}f}"
     return f"{factor * over.mean:.{digits}f}{spread}"
 
