@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from rlpost.checkpoint import RunCheckpoints, broken_files, latest_checkpoint
 from rlpost.pipeline.buffer import Position
+from rlpost.pipeline.ports import Learner
 
 POSITION = Position(
     step=8,
@@ -39,7 +40,9 @@ def checkpoints(run_dir: Path, **settings: Any) -> RunCheckpoints:
 
 
 def write(run_dir: Path, step: int, learner: Any = None, **settings: Any) -> None:
-    asyncio.run(checkpoints(run_dir, **settings).write(replace(POSITION, step=step), learner or FileLearner()))
+    asyncio.run(
+        checkpoints(run_dir, **settings).write(replace(POSITION, step=step), cast(Learner, learner or FileLearner()))
+    )
 
 
 def no_report(path: Path, files: list[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -138,7 +138,7 @@ def test_a_recipe_runs_through_and_leaves_models_that_load(command: Callable[...
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = run.run_dir / "exports" / "code"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    model, tokenizer = cast(Any, AutoModelForCausalLM.from_pretrained(export)), AutoTokenizer.from_pretrained(export)
     ids = tokenizer("Compute 347+28.\n", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
     assert "What was learned" in run.text()

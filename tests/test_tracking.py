@@ -273,7 +273,7 @@ def test_a_run_goes_on_in_its_wandb_run_unless_that_was_uploaded_or_the_mode_is_
     def go_on(mode: str = "offline", resume_at_step: int | None = 2) -> FakeRun:
         with tracker_of(tmp_path, mode=mode, resume_at_step=resume_at_step) as tracker:
             for step in range((resume_at_step or 0) + 1, 4):
-                tracker.log("step", step_row(step, **{"actor/lr": math.nan}))
+                tracker.log("step", step_row(step) | {"actor/lr": math.nan})
                 tracker.show("unchanged", step, b"png")
         run = fake.runs[-1]
         assert [row["train/step"] for row in run.rows if "train/step" in row] == [1, 2, 3]
@@ -410,7 +410,7 @@ def lines_of(console: Console) -> list[str]:
 def test_a_step_line_averages_over_the_steps_it_stands_for() -> None:
     """Rewards 0.25 and 0.75; 0.5 s at 64 rollouts/s and 1.5 s at 32: 80 rollouts in 2 s."""
     rows = [
-        step_row(441, **{"actor/entropy": 0.3}),
+        step_row(441) | {"actor/entropy": 0.3},
         step_row(
             442, **{"reward/mean": 0.75, "timing_s/step": 1.5, "perf/rollouts_per_s": 32.0, "staleness/group_max": 0}
         ),

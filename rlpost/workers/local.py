@@ -13,7 +13,7 @@ from rlpost.core.subnetwork import Coverage
 from rlpost.engines.base import LearnerEngine, SamplerEngine
 from rlpost.engines.pretrained import save_pretrained
 from rlpost.pipeline.ledger import Ledger
-from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Seconds
+from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Learner, Sampler, Seconds, Verifier
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, Rollout, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
@@ -115,10 +115,10 @@ class LocalWorkers:
 
     def __init__(
         self,
-        samplers: Sequence[LocalSampler],
-        verifier: LocalVerifier,
-        learner: LocalLearner,
-        restart: Callable[[LocalSampler], Awaitable[LocalSampler]] | None = None,
+        samplers: Sequence[Sampler],
+        verifier: Verifier,
+        learner: Learner,
+        restart: Callable[[Sampler], Awaitable[Sampler]] | None = None,
     ) -> None:
         self.samplers, self.verifier, self.learner = samplers, verifier, learner
         self._restart = restart
@@ -132,7 +132,7 @@ class LocalWorkers:
     async def fetch_version(self, export: Export) -> WeightPatch:
         return _patch_of(export)
 
-    async def restart(self, sampler: LocalSampler) -> LocalSampler:
+    async def restart(self, sampler: Sampler) -> Sampler:
         assert self._restart is not None, "these samplers share the run's process and cannot be lost"
         return await self._restart(sampler)
 

@@ -184,10 +184,12 @@ def test_parts_in_any_order_add_up_to_the_whole(objective: PolicyGradient, cut: 
         gradients(objective, rows_of(batch, rows), logprobs[rows], reference[rows], Values(*(v[rows] for v in values)))
         for rows in (slice(start, start + cut) for start in range(0, 6, cut))
     ]
-    for index in (0, 1):
-        torch.testing.assert_close(torch.cat([part[index] for part in parts]), whole[index])
-        assert whole[index].abs().sum() > 0
-    assert Tally.merge(part[2] for part in reversed(parts)).sums == pytest.approx(whole[2].sums)
+    *of_parts, tallies = zip(*parts, strict=True)
+    *of_whole, tally = whole
+    for found, expected in zip(of_parts, of_whole, strict=True):
+        torch.testing.assert_close(torch.cat(found), expected)
+        assert expected.abs().sum() > 0
+    assert Tally.merge(reversed(tallies)).sums == pytest.approx(tally.sums)
 
 
 @pytest.mark.parametrize("poison", [float("-inf"), float("nan"), 1e30])
@@ -197,8 +199,8 @@ def test_nothing_off_the_mask_reaches_gradients_or_figures(objective: PolicyGrad
     expected = gradients(objective, batch, logprobs, reference, values)
     off = ~batch.loss_mask_BT
     poisoned = dataclasses.replace(batch, sampler_logprobs_BT=batch.sampler_logprobs_BT.masked_fill(off, poison))
-    others = (x.masked_fill(off, poison) for x in (logprobs, reference))
-    ours = gradients(objective, poisoned, *others, Values(values.tokens_BT.masked_fill(off, poison), values.end_B))
+    logprobs, reference, tokens = (x.masked_fill(off, poison) for x in (logprobs, reference, values.tokens_BT))
+    ours = gradients(objective, poisoned, logprobs, reference, Values(tokens, values.end_B))
     assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
     assert ours[2].sums == expected[2].sums
 

@@ -45,7 +45,11 @@ def test_gradients_pass_gradcheck() -> None:
     *layer, _ = random_layer(torch.float64)
     ids = torch.tensor([0, 10, 3, 3, 7, 1, 2, 9])
     inputs = [x.requires_grad_() for x in layer]
-    assert torch.autograd.gradcheck(lambda *x: token_logprobs(*x, ids, temperature=0.7, chunk=3)[0], inputs)
+
+    def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return token_logprobs(hidden, weight, bias, ids, temperature=0.7, chunk=3)[0]
+
+    assert torch.autograd.gradcheck(logprobs, inputs)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8, 100, None])
@@ -59,7 +63,9 @@ def test_chunks_give_the_dense_result_in_value_and_gradient(chunk: int | None, w
         return [x.clone().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
 
     ours, dense = leaves(), leaves()
-    logprobs, entropies = token_logprobs(*(*ours, None)[:3], ids, temperature=0.7, chunk=chunk)
+    logprobs, entropies = token_logprobs(
+        ours[0], ours[1], ours[2] if with_bias else None, ids, temperature=0.7, chunk=chunk
+    )
     table = torch.distributions.Categorical(logits=torch.nn.functional.linear(*dense) / 0.7)
     (logprobs * upstream).sum().backward()
     (table.log_prob(ids) * upstream).sum().backward()

@@ -204,7 +204,7 @@ def test_any_flipped_bit_and_any_cut_is_found() -> None:
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError, match=f"patch of {len(data)} bytes is damaged or cut short"):
-            from_bytes(flipped)
+            from_bytes(bytes(flipped))
     for end in range(len(data)):
         with pytest.raises(ValueError, match=f"patch of {end} bytes is damaged or cut short"):
             from_bytes(data[:end])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
@@ -146,14 +146,17 @@ def test_code_needs_a_solution_that_passes_and_tests_that_notice_mistakes(tmp_pa
         "a/weak": "weak_tests", "a/wrong": "wrong_gold", "a/bare": "no_solution", "a/moved": "same_url",
     }  # fmt: skip
     assert " mutants pass (" in left_out["a/weak"]["detail"] and card["mutants"]["problems"] == "2"
-    (kept,) = datasets.load_dataset("parquet", data_files=str(output / "data.parquet"), split="train")
+    (kept,) = pyarrow.parquet.read_table(output / "data.parquet").to_pylist()
     assert kept["id"] == "a/strong" and kept["mutants"] > 8 and kept["survivors"] == 0
     assert kept["tests"] == CODE["strong"][2] and kept["entry_point"] == "double" and kept["solution"] == DOUBLED
 
 
 def test_scripts_keep_their_inputs_and_outputs_and_are_curated_apart_from_functions(tmp_path: Path) -> None:
     """Seven mutants: n + 2, - 1, 3 n, 1 n, + 2, + 0, and no print."""
-    script = {"text": "Print twice a number and one more.", "code": "n = int(input())\nprint(n * 2 + 1)"}
+    script: dict[str, Any] = {
+        "text": "Print twice a number and one more.",
+        "code": "n = int(input())\nprint(n * 2 + 1)",
+    }
     script["tests"] = [{"input": f"{n}\n", "output": f"{2 * n + 1}\n"} for n in (0, 3, -2)]
     scripts = write_jsonl(tmp_path / "scripts.jsonl", [script])
     functions = write_jsonl(tmp_path / "functions.jsonl", [script | {"tests": ["assert f(2) == 4"]}])
@@ -162,7 +165,7 @@ def test_scripts_keep_their_inputs_and_outputs_and_are_curated_apart_from_functi
     with pytest.raises(RecipeError, match=r"source \['a'\] has tests of inputs .* \['b'\] has snippets"):
         curated(tmp_path, f"{toml}[source.b]\n{source.format(functions)}")
     output, _, left_out = curated(tmp_path, toml)
-    (kept,) = datasets.load_dataset("parquet", data_files=str(output / "data.parquet"), split="train")
+    (kept,) = pyarrow.parquet.read_table(output / "data.parquet").to_pylist()
     assert not left_out and kept["tests"] == script["tests"] and kept["entry_point"] is None
     assert (kept["mutants"], kept["survivors"]) == (7, 0)
 

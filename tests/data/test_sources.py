@@ -15,8 +15,8 @@ from rlpost.types import Prompt
 
 
 class ByteTokenizer:
-    eos_token_id = 0
-    bos_token_id = 1
+    eos_token_id: int | None = 0
+    bos_token_id: int | None = 1
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlpost.core.metrics import StepReport
@@ -197,9 +197,15 @@ def masters(learner: Any) -> dict[str, Tensor]:
     trained = {name: p for name, p in learner._scorer.policy.named_parameters() if p.requires_grad}
     if isinstance(learner, PlainLearner):
         return {name: p.detach().clone() for name, p in trained.items()}
+    return {name: _master(p) for name, p in trained.items()}
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in trained.items()}
+    master = safe_get_full_fp32_param(parameter)
+    assert master is not None
+    return master.clone()
 
 
 def learner_optimizer(learner: Any) -> Any:
@@ -233,9 +239,7 @@ def critic_masters(learner: Any) -> dict[str, Tensor]:
         return {}
     if isinstance(learner, PlainLearner):
         return {name: p.detach().clone() for name, p in learner._critic.named_parameters()}
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in learner._critic.module.named_parameters()}
+    return {name: _master(p) for name, p in learner._critic.module.named_parameters()}
 
 
 def alone(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

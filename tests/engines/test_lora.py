@@ -6,7 +6,7 @@ Steps, cuts, ranks, resuming: `test_learner_*.py` hold learners with an adapter 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def test_a_hundred_publishes_leave_the_base_as_it_was_and_serve_the_sum(
     """Computed here from the model directory, by another product: einsum in float64, then one rounding."""
     learner = make()
     stored = {n: p.detach() for n, p in load_policy(tied_model, kind.dtype).named_parameters()}
+    weights: Mapping[str, Tensor] = {}
     for count in range(100):
         if count % 20 == 0:
             train(learner, Job(kind, tied_model, lr=0.05))
@@ -154,7 +155,7 @@ def test_a_sampler_of_the_published_weights_draws_tokens_as_the_learner_scores_t
 @pytest.mark.parametrize("kind", kinds, indirect=True)
 def test_a_stage_begins_with_exactly_what_was_served(kind: Kind, make: Callable[..., Any], tied_model: Path) -> None:
     learner, job = make(), Job(kind, tied_model, lr=0.05)
-    start = base_of(learner)
+    start = served = base_of(learner)
     for _ in range(2):
         train(learner, job)
         served = learner.weights()

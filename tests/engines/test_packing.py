@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ LENGTHS = [5, 31, 2, 17, 30, 8, 31]
 @pytest.mark.parametrize("family", ["grouped queries", "sliding window"])
 def test_log_probs_and_gradients_are_those_of_rows_scored_alone_by_transformers(family: str, tmp_path: Path) -> None:
     """Against the library's own eager attention, row by row, without padding: nothing of ours but the scoring."""
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     torch.manual_seed(0)
     if family == "grouped queries":
         Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)

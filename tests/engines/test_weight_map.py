@@ -254,15 +254,15 @@ def test_a_broken_piece_changes_nothing_of_its_tensor_in_several_places() -> Non
 # -- loaders that cannot be followed -----------------------------------------------------------------------------------
 
 
-def loader(name: str, load: Callable[[Model, Tensor], Any]) -> Model:
+def loader(own: str, load: Callable[[Model, Tensor], Any]) -> Model:
     """A model that loads one tensor in its own way."""
 
     class Own(Model):
-        def load(self, latest: str, tensor: Tensor) -> None:
-            if latest == name:
+        def load(self, name: str, tensor: Tensor) -> None:
+            if name == own:
                 load(self, tensor)
             else:
-                super().load(latest, tensor)
+                super().load(name, tensor)
 
     return Own()
 

@@ -57,7 +57,7 @@ def limits(pod: Any) -> Any:
     return pod["containers"][0]["resources"]["limits"]
 
 
-def gpus_of(recipe: Recipe) -> int:
+def gpus_of(recipe: Recipe) -> float:
     return recipe.sampler.workers * recipe.sampler.gpus + recipe.learner.ranks * recipe.learner.gpus_per_rank
 
 

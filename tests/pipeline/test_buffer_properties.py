@@ -61,7 +61,7 @@ def play(
     running: dict[int, tuple[Ticket, int | None]] = {}
     oldest: dict[int, int | None] = {}
     trained, ages, ended, max_alive, num_events = [], [], Counter(), 0, 0
-    batch: list[tuple[Ticket, bool]] = []
+    batch: list[Ticket] = []
     newest = 0
     while not buffer.finished:
         num_events += 1
@@ -96,8 +96,8 @@ def play(
             case "take":
                 for ticket in buffer.take():
                     batch.append(ticket)
-                    if oldest[ticket.id] is not None:
-                        ages.append(buffer.step - oldest[ticket.id])
+                    if (decoded_under := oldest[ticket.id]) is not None:
+                        ages.append(buffer.step - decoded_under)
                 if not buffer.num_missing:
                     stage = buffer.stage_of(buffer.step)
                     buffer.commit()
@@ -219,6 +219,12 @@ def make_buffer(**plan: int | None) -> RolloutBuffer:
     return buffer
 
 
+def admit(buffer: RolloutBuffer) -> Ticket:
+    ticket = buffer.admit()
+    assert ticket is not None
+    return ticket
+
+
 def test_nothing_is_admitted_before_a_sampler_proved_its_weights() -> None:
     buffer = RolloutBuffer([StagePlan(num_steps=1, groups_per_step=1, max_staleness=3)])
     assert buffer.admit() is None
@@ -234,9 +240,9 @@ def test_s_plus_one_times_p_groups_are_admitted_and_no_more() -> None:
 
 def test_a_dropped_group_returns_its_slot_at_once_and_the_rest_move_up() -> None:
     buffer = make_buffer()
-    tickets = [buffer.admit() for _ in range(4)]
+    tickets = [admit(buffer) for _ in range(4)]
     buffer.drop(tickets[0], "failed")
-    assert buffer.admit().ordinal == 4
+    assert admit(buffer).ordinal == 4
     for ticket in tickets[1:3]:
         buffer.put(ticket, ticket.ordinal, oldest_version=0)
     assert buffer.take() == [1, 2]
@@ -245,7 +251,7 @@ def test_a_dropped_group_returns_its_slot_at_once_and_the_rest_move_up() -> None
 def test_a_stale_group_is_an_error_that_names_all_numbers() -> None:
     buffer = make_buffer(num_steps=9)
     for step in range(3):
-        tickets = [buffer.admit(), buffer.admit()]
+        tickets = [admit(buffer), admit(buffer)]
         for ticket in tickets:
             buffer.put(ticket, ticket, oldest_version=step if step < 2 else 0)  # a sampler that lies about its version
         if step == 2:
@@ -261,7 +267,7 @@ def test_a_position_counts_unfinished_finished_and_not_yet_readmitted_prompts_in
     start = Position(step=1, next_ordinals=(9,), pending=((3, 5, 7),), num_steps=(4,))
     buffer = RolloutBuffer([StagePlan(num_steps=4, groups_per_step=2, max_staleness=0)], start)
     buffer.publish(1)
-    assert [buffer.admit().ordinal for _ in range(2)] == [3, 5]
+    assert [admit(buffer).ordinal for _ in range(2)] == [3, 5]
     assert buffer.position() == start
 
 
@@ -272,7 +278,7 @@ def test_a_stage_that_ends_early_trains_what_it_admitted_and_the_next_one_is_adm
     buffer = RolloutBuffer(plans)
     buffer.publish(0)
     for _ in range(5):
-        ticket = buffer.admit()
+        ticket = admit(buffer)
         buffer.put(ticket, ticket.ordinal, oldest_version=0)
     assert buffer.take() == [0, 1]
     buffer.commit()
@@ -287,7 +293,7 @@ def test_a_stage_that_ends_early_trains_what_it_admitted_and_the_next_one_is_adm
 def test_a_synchronous_stage_that_ends_early_is_over_at_once() -> None:
     buffer = RolloutBuffer([StagePlan(num_steps=9, groups_per_step=1, max_staleness=0)])
     buffer.publish(0)
-    buffer.put(buffer.admit(), None, oldest_version=0)
+    buffer.put(admit(buffer), None, oldest_version=0)
     buffer.take()
     buffer.commit()
     assert buffer.end_early(0) and buffer.finished
