@@ -161,6 +161,8 @@ GpuShare = Annotated[float, AfterValidator(_whole_or_shared)]
 
 class SamplerConfig(Table):
     workers: Positive = 1
+    eval_workers: Annotated[int, Field(ge=0)] = 0
+    """Samplers more, for evaluations alone, so that training waits for none; 0: training's samplers evaluate too."""
     gpus: GpuShare = 0
     """GPUs per sampler; 0 runs vLLM on the CPU, 0.5 beside another worker on one GPU, with the kv_cache_mib that is asked for."""
     threads: Positive = 1
@@ -825,6 +827,11 @@ class Recipe(Table):
                 raise ValueError(f"names must differ, got {names}")
         if taken := [stage.name for stage in self.stage if stage.name in RESERVED]:
             raise ValueError(f"eval.jsonl has other rows under the name {taken[0]!r}: give the stage another")
+        if self.sampler.eval_workers and not self.eval:
+            raise ValueError(
+                f"sampler.eval_workers = {self.sampler.eval_workers}, and there is nothing to evaluate: add an [[eval]], or"
+                " leave eval_workers out"
+            )
         for stage in self.stage:
             if stage.subnetwork is not None and self.learner.lora is not None:
                 raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from rlpost.core.pass_at_k import clustered_mean, majority_at_k, pass_at_k, sign_flip_p_value
+from rlpost.core.pass_at_k import budgets, clustered_mean, estimate, pass_at_k, sign_flip_p_value, voted_at_k
 
 DIFFICULTIES = (
     ("none right", 0.0),
@@ -79,13 +79,12 @@ def _of_model(
 ) -> dict[str, Any]:
     samples = [sample for group in problems.values() for sample in group]
     right_P = [sum(s.correct for s in group) for group in problems.values()]
-    budgets = _budgets(num)
-    votes = any(sample.answer is not None for sample in samples)
+    votes_P = [[(s.correct, s.answer) for s in group] for group in problems.values()]
     return {
         "num_problems": len(problems),
-        "pass_at": {k: _mean([pass_at_k(num, right, k) for right in right_P]) for k in budgets},
-        "majority_at": {k: _mean([_majority(group, k) for group in problems.values()]) for k in budgets}
-        if votes
+        "pass_at": {k: estimate([pass_at_k(num, right, k) for right in right_P]) for k in budgets(num)},
+        "majority_at": {k: estimate([voted_at_k(votes, k) for votes in votes_P]) for k in budgets(num)}
+        if any(sample.answer is not None for sample in samples)
         else {},
         "outcomes": dict(Counter(sample.outcome for sample in samples)),
         "truncated_share": sum(s.finish_reason == "length" for s in samples) / len(samples),
@@ -95,7 +94,7 @@ def _of_model(
             for low, high in zip(edges, [edge - 1 for edge in edges[1:]], strict=False)
         ],
         "by_difficulty": [
-            {"first_model": kind, "num_problems": len(shared), **_mean([_rate(problems[p]) for p in sorted(shared)])}
+            {"first_model": kind, "num_problems": len(shared), **estimate([_rate(problems[p]) for p in sorted(shared)])}
             for kind, ids in kinds.items()
             if (shared := ids & problems.keys())
         ],
@@ -112,27 +111,11 @@ def _difference(
         return {"num_problems": 0}
     return {
         "num_problems": len(shared),
-        **_mean([difference / num for difference in differences]),
+        **estimate([difference / num for difference in differences]),
         "num_better": sum(difference > 0 for difference in differences),
         "num_worse": sum(difference < 0 for difference in differences),
         "p_value": sign_flip_p_value(differences),
     }
-
-
-def _mean(values_P: Sequence[float]) -> dict[str, float]:
-    mean, error = clustered_mean(values_P)
-    return {"mean": mean, "se": error}
-
-
-def _budgets(num: int) -> list[int]:
-    """1, 2, 4 and so on, and all."""
-    return sorted({num, *(1 << power for power in range(num.bit_length()))})
-
-
-def _majority(group: Sequence[EvalSample], k: int) -> float:
-    """All right answers are one, whatever they look like: the verifier has found them equal."""
-    wrong = Counter(s.answer for s in group if not s.correct and s.answer is not None)
-    return majority_at_k(len(group), sum(s.correct for s in group), tuple(sorted(wrong.values())), k)
 
 
 def _rate(group: Sequence[EvalSample]) -> float:

@@ -18,43 +18,30 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 from rich.console import Console
 
-from reward.answers import exact_value, normalize
-from reward.extraction import final_answer
 from rlpost import exit_codes
 from rlpost.archive import last_export
 from rlpost.config import ModelConfig, Recipe, RecipeError
 from rlpost.eval_report import EvalSample, SetResult, figures, render
 from rlpost.pipeline.controller import RunSettings
-from rlpost.pipeline.deadlines import within
+from rlpost.pipeline.deadlines import task_group
 from rlpost.pipeline.evaluation import EvalSet, draw
-from rlpost.pipeline.fleet import Limits
-from rlpost.pipeline.ports import GroupRequest, Handle, Sampler, Verifier, WorkerLost
+from rlpost.pipeline.fleet import Fleet, Limits
+from rlpost.pipeline.ports import Serving, WorkerLost
 from rlpost.plan import max_model_len
+from rlpost.progress import event_line
 from rlpost.run import interruptible
 from rlpost.run_directory import model_directory
 from rlpost.stages import load_eval_sets
 from rlpost.tracking import FILES, plain, read_rows
-from rlpost.types import GroupSummary, Prompt, RolloutGroup
+from rlpost.types import Prompt
 
 SAMPLES, RESULTS = "samples.jsonl", "results.json"
 CHUNK_BYTES = 1 << 22
-
-
-class Serving(Protocol):
-    """Samplers that hold a model as it lies on the disk, and a verifier."""
-
-    @property
-    def samplers(self) -> Sequence[Sampler]: ...
-
-    @property
-    def verifier(self) -> Verifier: ...
-
-    async def fetch(self, handle: Handle) -> RolloutGroup: ...
 
 
 Serve = Callable[["Candidate"], contextlib.AbstractContextManager[Serving]]
@@ -234,24 +221,6 @@ def _result(
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-class _LeastLoaded:
-    """The samplers as one. None is replaced: the evaluation that loses one goes on when it is started again."""
-
-    def __init__(self, samplers: Sequence[Sampler], limit_s: float) -> None:
-        self._samplers, self._limit_s = samplers, limit_s
-        self._load = [0] * len(samplers)
-
-    async def sample(self, request: GroupRequest) -> tuple[Handle, GroupSummary]:
-        index = self._load.index(min(self._load))
-        sampler = self._samplers[index]
-        self._load[index] += len(request.seeds_G)
-        try:
-            phase = f"sampling of {request.prompt.id}"
-            return await within(self._limit_s, sampler.sample(request), worker=sampler.name, phase=phase)
-        finally:
-            self._load[index] -= len(request.seeds_G)
-
-
 async def _draw_all(
     recipe: Recipe,
     candidate: Candidate,
@@ -261,69 +230,42 @@ async def _draw_all(
     console: Console,
 ) -> None:
     settings = RunSettings(seed=recipe.seed, limits=Limits(**recipe.deadlines.model_dump()))
-    starting = (
-        within(settings.limits.start_s, sampler.held(), worker=sampler.name, phase="start")
-        for sampler in serving.samplers
-    )
-    await asyncio.gather(*starting)
-    samplers = _LeastLoaded(serving.samplers, settings.limits.sample_s)
-    for eval_set in eval_sets:
-        missing = _wanted(recipe, candidate, eval_set, kept)  # another set may have had some of its problems
-        total = len(eval_set.prompts) * eval_set.num_samples
-        num_missing = sum(len(each.numbers) for each in missing)
-        console.print(
-            f"{candidate.label}, {eval_set.name}: {num_missing:,} of {total:,} samples to draw",
-            markup=False,
-            highlight=False,
-        )
-        # Twice what fits, so that samplers never wait for a verdict, and no request waits past its deadline in a queue.
-        room = asyncio.Semaphore(
-            max(1, 2 * len(serving.samplers) * recipe.sampler.max_num_seqs // eval_set.num_samples)
-        )
 
-        async def one(each: _Wanted, eval_set: EvalSet = eval_set, room: asyncio.Semaphore = room) -> None:
-            async with room:
-                handle, summary, judgements = await draw(
-                    eval_set, each.prompt, each.numbers, samplers, serving.verifier, settings
-                )
-                group = await serving.fetch(handle)
-            kept.add(
-                [
-                    {
-                        "model": candidate.name,
-                        "eval": eval_set.name,
-                        "prompt_id": each.prompt.id,
-                        "number": number,
-                        "problem": each.prompt.problem,
-                        "fingerprint": each.fingerprint,
-                        "outcome": judgement.outcome,
-                        "answer": stated_answer(rollout.text) if each.prompt.task == "math" else None,
-                        "num_tokens": num_tokens,
-                        "finish_reason": reason,
-                        "response": rollout.text,
-                    }
-                    for number, judgement, rollout, num_tokens, reason in zip(
-                        each.numbers,
-                        judgements,
-                        group.rollouts,
-                        summary.num_tokens_G,
-                        summary.finish_reasons_G,
-                        strict=True,
-                    )
-                ]
+    def show(name: str, **details: Any) -> None:
+        console.print(event_line({"event": name, **details})[0], markup=False, highlight=False)
+
+    async with task_group() as tasks:
+        samplers = Fleet(serving.samplers, serving.restart, settings.limits, tasks.create_task, show)
+        await samplers.serve()
+        for eval_set in eval_sets:
+            missing = _wanted(recipe, candidate, eval_set, kept)  # another set may have had some of its problems
+            total = len(eval_set.prompts) * eval_set.num_samples
+            num_missing = sum(len(each.numbers) for each in missing)
+            console.print(
+                f"{candidate.label}, {eval_set.name}: {num_missing:,} of {total:,} samples to draw",
+                markup=False,
+                highlight=False,
+            )
+            # Twice what fits, so that samplers never wait for a verdict, and no request waits past its deadline in a queue.
+            room = asyncio.Semaphore(
+                max(1, 2 * len(serving.samplers) * recipe.sampler.max_num_seqs // eval_set.num_samples)
             )
 
-        await asyncio.gather(*(one(each) for each in missing))
+            async def one(each: _Wanted, eval_set: EvalSet = eval_set, room: asyncio.Semaphore = room) -> None:
+                async with room:
+                    drawn = await draw(eval_set, each.prompt, each.numbers, samplers, serving, settings)
+                of = {
+                    "model": candidate.name,
+                    "eval": eval_set.name,
+                    "prompt_id": each.prompt.id,
+                    "problem": each.prompt.problem,
+                    "fingerprint": each.fingerprint,
+                }
+                kept.add([of | dataclasses.asdict(sample) for sample in drawn])
 
-
-def stated_answer(response: str) -> str | None:
-    """The final answer of a math response as it votes: a plainly written number by its value, all else by its text."""
-    answer = final_answer(response)
-    if answer is None:
-        return None
-    text = normalize(answer)
-    value = exact_value(text)
-    return text if value is None else f"{value.kind} {value.rational}".strip()
+            async with task_group() as drawing:
+                for each in missing:
+                    drawing.create_task(one(each))
 
 
 @contextlib.contextmanager

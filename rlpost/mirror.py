@@ -84,8 +84,8 @@ class WandbMirror:
         self._thread.start()
 
     def put(self, kind: str, row: Row) -> None:
-        """Queue a row, or an event; never waits."""
-        if not self._failure.locked():
+        """Queue a row, or an event; never waits. Samples of evaluations, of which thousands come at once, stay in their file."""
+        if kind != "eval_sample" and not self._failure.locked():
             self._put((kind, row))
 
     def close(self, deadline_s: float, *, complete: bool) -> None:
@@ -192,12 +192,9 @@ class WandbMirror:
                 for row in takewhile(lambda row: row["time"] < limit, read_rows(self._run_dir / FILES[kind]))
             )
 
-        # A stage that is judged again on a resume has two evaluations; the later one counts.
-        evals = {_key(kind, row): (kind, row) for kind, row in rows("eval")}
         pictures = map(picture_row, (self._run_dir / PICTURES).glob("*.png"))
         streams = [
-            *(rows(kind) for kind in ("step", "analysis", "rollout", "event")),
-            evals.values(),
+            *(rows(kind) for kind in ("step", "eval", "analysis", "rollout", "event")),
             sorted((("picture", row) for row in pictures), key=lambda item: item[1]["time"]),
         ]
         yield from heapq.merge(*streams, key=lambda item: item[1]["time"])

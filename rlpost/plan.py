@@ -62,20 +62,24 @@ def check_resources(recipe: Recipe, resources: Resources, *, learning: bool = Tr
         RecipeError: with demand and supply.
     """
     sampler, learner, ranks = recipe.sampler, recipe.learner, recipe.learner.ranks if learning else 0
-    gpus = sampler.workers * sampler.gpus + ranks * learner.gpus_per_rank
+    samplers, named = sampler.workers, f"sampler.workers {sampler.workers}"
+    if learning and sampler.eval_workers:
+        samplers += sampler.eval_workers
+        named = f"({named} + sampler.eval_workers {sampler.eval_workers})"
+    gpus = samplers * sampler.gpus + ranks * learner.gpus_per_rank
     where = "this machine" if recipe.ray_address is None else f"the cluster at {recipe.ray_address}"
     if gpus > resources.gpus:
-        asked = f"sampler.workers {sampler.workers} x sampler.gpus {sampler.gpus:g}"
+        asked = f"{named} x sampler.gpus {sampler.gpus:g}"
         asked += f" + learner.ranks {ranks} x learner.gpus_per_rank {learner.gpus_per_rank:g}" if learning else ""
         raise RecipeError(
             f"the recipe needs {gpus:g} GPUs ({asked}), {where} has {resources.gpus}: lower them, or give a"
             f" {'larger ' if recipe.ray_address else ''}cluster with ray_address"
         )
-    cores = (0 if sampler.gpus else sampler.workers * sampler.threads) + (
+    cores = (0 if sampler.gpus else samplers * sampler.threads) + (
         0 if learner.gpus_per_rank else ranks * learner.threads
     )
     if cores > resources.cores:
-        asked = f"sampler.workers {sampler.workers} x sampler.threads {sampler.threads}"
+        asked = f"{named} x sampler.threads {sampler.threads}"
         asked += f" + learner.ranks {ranks} x learner.threads {learner.threads}" if learning else ""
         raise RecipeError(
             f"the recipe needs {cores} cores ({asked}), {where} has {resources.cores}: lower workers, ranks or threads"
@@ -157,12 +161,14 @@ def render_plan(recipe: Recipe, resources: Resources) -> RenderableType:
     parameters = num_parameters(recipe)
     trained = num_trained(recipe, parameters)
     shape = learner_shape(recipe, parameters, trained)
-    workers.add_row(
-        "sampler (vLLM)",
-        str(sampler.workers),
-        f"{sampler.gpus:g} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
-        _sampler_memory(recipe, parameters, trained),
-    )
+    for name, count in (("sampler", sampler.workers), ("evaluator", sampler.eval_workers)):
+        if count:
+            workers.add_row(
+                f"{name} (vLLM)",
+                str(count),
+                f"{sampler.gpus:g} GPU" if sampler.gpus else f"{sampler.threads} core(s)",
+                _sampler_memory(recipe, parameters, trained),
+            )
     workers.add_row(
         f"learner (DeepSpeed ZeRO-{learner.zero_stage})",
         str(learner.ranks),

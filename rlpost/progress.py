@@ -29,7 +29,8 @@ EVENT_LINES = {
     "update_refused": ("{worker} refused version {version}: {detail}", "bold yellow"),
     "group_failed": ("group of {prompt} failed ({failure}): {detail}", "yellow"),
     "rollouts_unjudged": ("{rollouts} rollouts of {prompt} could not be judged: {detail}", "yellow"),
-    "evaluation_skipped": ("version {step} is not evaluated: an evaluation of an earlier one goes on", "yellow"),
+    "evaluation_cut": ("evaluation of version {step} was cut off", "yellow"),
+    "evaluation_skipped": ("evaluation of version {step} left out: that of version {running} goes on", "yellow"),
     "stragglers_deferred": ("step {step} goes on without its stragglers; they train later", "yellow"),
     "checkpoint": ("checkpoint of step {step} written to {path}", ""),
     "export": ("model after stage {stage} written to {path}", ""),
@@ -175,10 +176,13 @@ def eval_line(row: Mapping[str, Any]) -> str:
     """One evaluation, with its standard error and what it was measured on."""
     samples = f" x {row['num_samples']}" if row["num_samples"] > 1 else ""
     when = EVALUATED.get(row["when"], f"after stage {row['when']}")
-    return (
+    line = (
         f"eval {row['eval']} {100 * row['accuracy']:.1f} % +- {100 * row['accuracy_se']:.1f}"
         f" (n = {row['num_prompts']}{samples}, T = {row['temperature']:.1f}) {when}, version {row['step']}"
     )
+    if gain := row.get("since_start"):
+        line += f", {100 * gain['mean']:+.1f} +- {100 * gain['se']:.1f} since the start"
+    return line
 
 
 def event_line(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from rlpost.config import GeneratedData, Recipe, RecipeError
 from rlpost.data.sources import local_file
 from rlpost.pipeline.controller import Controller, RunSettings
 from rlpost.pipeline.deadlines import within
+from rlpost.pipeline.evaluation import scores_after_stages
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.moving_on import History
 from rlpost.pipeline.ports import WorkerLost
@@ -169,6 +170,7 @@ def _supervise(
         _settings(recipe),
         decode=plan.decode,
         eval_sets=plan.eval_sets,
+        evaluated=scores_after_stages(read_rows(run_dir / FILES["eval_sample"])),
         archive=archive if keeps else None,
         observer=observer,
         start=plan.start.position if plan.start else None,

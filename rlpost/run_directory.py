@@ -1,7 +1,8 @@
 """The run directory before and when a run begins: free, claimed or to be continued, and the model it starts from.
 
-run_dir/  recipe.json  run.json  model/  metrics.jsonl  eval.jsonl  analysis.jsonl  rollouts.jsonl  events.jsonl  logs/
-          checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  pictures/  summary.json  wandb.jsonl  wandb/
+run_dir/  recipe.json  run.json  model/  metrics.jsonl  eval.jsonl  eval_samples.jsonl  analysis.jsonl  rollouts.jsonl
+          events.jsonl  logs/  checkpoints/  exports/<stage>/  versions/  analysis/<stage>.html  pictures/  summary.json
+          wandb.jsonl  wandb/
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervis
 from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import SUBNETWORKS
+from rlpost.data.answers import stated_answer
 from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
 from rlpost.data.prompts import MixedPrompts, Prompts, ShuffledPrompts
@@ -148,6 +149,7 @@ def _eval_sets(recipe: Recipe, prompts: Mapping[str, Prompts]) -> tuple[EvalSet,
             temperature=item.temperature,
             max_tokens=item.max_response_tokens,
             every=item.every,
+            vote=stated_answer,
         )
         for item in recipe.eval
     )

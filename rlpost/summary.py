@@ -158,22 +158,13 @@ def _startups(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def _learned(rows: Iterator[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Per eval set, its evaluations between stages in order of version, each with the gain since the one before and since the
-    first.
-
-    The standard error of a gain adds both variances, as if the draws were independent. They are paired (same prompts,
-    same seeds), which makes it an upper estimate.
-    """
-    between = (row for row in rows if row["when"] != "step")
-    latest: dict[tuple[str, str], dict[str, Any]] = {(row["eval"], row["when"]): row for row in between}
+    """Per eval set, its evaluations before and after stages in order of version, with their gains."""
+    keys = ("when", "step", "accuracy", "accuracy_se", "num_prompts", "num_samples", "temperature")
     learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in sorted(latest.values(), key=lambda row: row["step"]):
-        earlier = learned[row["eval"]]
-        keys = ("when", "step", "accuracy", "accuracy_se", "num_prompts", "num_samples", "temperature")
-        result = {key: row[key] for key in keys}
-        if earlier:
-            result |= {"gain": _gain(row, earlier[-1]), "gain_since_first": _gain(row, earlier[0])}
-        earlier.append(result)
+    for row in sorted(rows, key=lambda row: row["step"]):
+        if row["when"] not in ("resume", "step"):
+            gains = {key: row[key] for key in ("since_stage", "since_start") if key in row}
+            learned[row["eval"]].append({key: row[key] for key in keys} | gains)
     return dict(sorted(learned.items()))
 
 
@@ -185,13 +176,10 @@ def _stage(name: str, counts: Mapping[str, float], evals: Mapping[str, Sequence[
             if after["when"] == name:
                 learned[eval_set] = {"accuracy": after["accuracy"], "accuracy_se": after["accuracy_se"]}
                 if before is not None:
-                    learned[eval_set] |= {"accuracy_before": before["accuracy"], "gain": after["gain"][0]}
+                    learned[eval_set]["accuracy_before"] = before["accuracy"]
+                if "since_stage" in after:
+                    learned[eval_set] |= {"gain": after["since_stage"]["mean"], "gain_se": after["since_stage"]["se"]}
     return {**counts, "evals": learned}
-
-
-def _gain(after: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, float]:
-    difference = after["accuracy"] - before["accuracy"]
-    return difference, (after["accuracy_se"] ** 2 + before["accuracy_se"] ** 2) ** 0.5
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -287,7 +275,8 @@ def _evals_table(evals: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     for name, results in evals.items():
         for number, result in enumerate(results):
             gains = [
-                _points(*result[key], signed=True) if key in result else "" for key in ("gain", "gain_since_first")
+                _points(result[key]["mean"], result[key]["se"], signed=True) if key in result else ""
+                for key in ("since_stage", "since_start")
             ]
             accuracy = _points(result["accuracy"], result["accuracy_se"])
             label = ("", "") if number else (name, str(result["num_prompts"]))

@@ -1,4 +1,4 @@
-"""Where figures go: five JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
+"""Where figures go: six JSONL files that are the truth, their mirror in wandb, and lines on the terminal.
 
     log(kind, row) -> file, at once, in the caller's thread      one file of each kind (`FILES`)
                    -> terminal, thinned out (`rlpost.progress`)
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FILES = {
     "step": "metrics.jsonl",
     "eval": "eval.jsonl",
+    "eval_sample": "eval_samples.jsonl",
     "analysis": "analysis.jsonl",
     "rollout": "rollouts.jsonl",
     "event": "events.jsonl",
@@ -211,12 +212,12 @@ def run_ended(run_dir: Path) -> bool:
     return bool(last) and last[0]["event"] == "run_end" and last[0]["error"] is None
 
 
-def cut_rows(path: Path, step: int) -> int:
-    """Keep the rows of `path` up to `step`, and those of no step, in one atomic replacement; returns how many went."""
+def cut_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Leave the rows of `path` that `keep` is true of, in one atomic replacement; returns how many went."""
     num_cut, fresh = 0, path.with_name(path.name + ".tmp")
     with fresh.open("w", encoding="utf-8") as file:
         for row in read_rows(path):
-            if row.get("step") is None or row["step"] <= step:
+            if keep(row):
                 file.write(json.dumps(row) + "\n")
             else:
                 num_cut += 1
@@ -240,17 +241,31 @@ def _add_session(path: Path, session: Mapping[str, Any]) -> None:
 
 
 def _prepare_files(run_dir: Path, resume_at_step: int | None) -> dict[str, int]:
-    paths = [run_dir / file for file in FILES.values()]
     if resume_at_step is not None:
         for picture in (run_dir / PICTURES).glob("*.png"):
             if picture_row(picture)["step"] > resume_at_step:
                 picture.unlink()
-        return {path.name: num_cut for path in paths if (num_cut := cut_rows(path, resume_at_step))}
-    if any(path.exists() and path.stat().st_size for path in paths):
+        cut = {file: cut_rows(run_dir / file, _stays(kind, run_dir, resume_at_step)) for kind, file in FILES.items()}
+        return {file: num_rows for file, num_rows in cut.items() if num_rows}
+    if any((run_dir / file).exists() and (run_dir / file).stat().st_size for file in FILES.values()):
         raise ValueError(
             f"{run_dir} holds the figures of an earlier run: continue it with --resume, or choose another run directory"
         )
     return {}
+
+
+def _stays(kind: str, run_dir: Path, step: int) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a row outlives a resume from the checkpoint of `step`."""
+    if kind == "eval":  # of the checkpoint's version, evaluations are made again, but for those due every few steps
+        return lambda row: row["step"] < step or (row["step"] == step and row["when"] == "step")
+    if kind == "eval_sample":  # that of an evaluation which has a row: `FILES` has them in this order
+
+        def evaluation(row: Mapping[str, Any]) -> tuple[str, str, int]:
+            return row["eval"], row["when"], row["step"]
+
+        ended = set(map(evaluation, read_rows(run_dir / FILES["eval"])))
+        return lambda row: evaluation(row) in ended
+    return lambda row: row.get("step") is None or row["step"] <= step
 
 
 # -- wandb -------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
             "stage.rl.until.plateau={figure='eval/m/accuracy', min_gain=0.01}",
             r"no \[\[eval\]\] gives until.plateau.figure",
         ),
+        ("sampler.eval_workers=2", r"eval_workers = 2, and there is nothing to evaluate: add an \[\[eval\]\]"),
         ("stage.rl.name=step", r"eval.jsonl has other rows under the name 'step'"),
         (
             "stage.warm.until.plateau={figure='reward/mean', min_gain=0.01}",
@@ -230,6 +231,14 @@ def test_more_workers_than_cores_or_gpus_is_refused_with_demand_and_supply() -> 
     with pytest.raises(RecipeError, match=r"needs 7 cores .* this machine has 2"):
         check_resources(recipe, Resources(cores=2, gpus=0))
     check_resources(recipe, Resources(cores=7, gpus=0))
+    own = build_recipe(TREE, ["sampler.eval_workers=2", "eval=[{name='m', data='math', max_response_tokens=16}]"])
+    with pytest.raises(
+        RecipeError, match=r"needs 4 cores \(\(sampler.workers 1 \+ sampler.eval_workers 2\) x .* has 3"
+    ):
+        check_resources(own, Resources(cores=3, gpus=0))
+    check_resources(own, Resources(cores=4, gpus=0))
+    check_resources(own, Resources(cores=1, gpus=0), learning=False)  # `rlpost eval` has its samplers alone
+    assert re.search(r"evaluator \(vLLM\) +│ 2 +│ 1 core", rendered(own)) and "evaluator" not in rendered(recipe)
     recipe = build_recipe(TREE, ["sampler.gpus=1", "sampler.workers=3", "learner.gpus_per_rank=1"])
     with pytest.raises(RecipeError, match=r"needs 4 GPUs .* this machine has 1"):
         check_resources(recipe, Resources(cores=64, gpus=1))

@@ -19,19 +19,20 @@ from rich.console import Console
 
 from rlpost import cli
 from rlpost.config import KeepConfig, Recipe, RecipeError
+from rlpost.data.answers import stated_answer
 from rlpost.data.difficulty import keep
 from rlpost.data.prompts import Prompts
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.engines.scratch import build_model
 from rlpost.eval_report import EvalSample, SetResult, figures, render
-from rlpost.evaluate import Candidate, Serving, evaluate_models, stated_answer
+from rlpost.evaluate import Candidate, evaluate_models
+from rlpost.pipeline import evaluation as in_run
 from rlpost.pipeline.controller import RunSettings
-from rlpost.pipeline.evaluation import evaluate
 from rlpost.pipeline.fleet import Limits
-from rlpost.pipeline.ports import WorkerLost
+from rlpost.pipeline.ports import GroupRequest, Serving, WorkerLost
 from rlpost.recipe import load_recipe
 from rlpost.stages import load_eval_sets
-from rlpost.types import Judgement, Rollout, RolloutGroup
+from rlpost.types import Judgement, Prompt, Rollout, RolloutGroup
 from rlpost.workers.local import LocalSampler, LocalVerifier
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -50,20 +51,38 @@ def parity(group: RolloutGroup, rollout: Rollout) -> Judgement:
     return Judgement(reward=float(even), outcome="correct" if even else "wrong")
 
 
-class Plain:
-    """Serves any model on one plain sampler; an even sum of response tokens is right. Counts what it is asked for."""
+class Dying(LocalSampler):
+    async def sample(self, request: GroupRequest) -> Any:
+        raise WorkerLost(self.name, f"sampling of {request.prompt.id}", "the process died")
 
-    def __init__(self, *, dies_after: int | None = None) -> None:
+
+class Plain:
+    """Serves any model on one plain sampler; an even sum of response tokens is right. Counts what it is asked for.
+
+    Args:
+        dies_after: the verifier, for good: after so many responses.
+        loses_samplers: so many die, one after another, each at the first group it is asked for.
+    """
+
+    def __init__(self, *, dies_after: int | None = None, loses_samplers: int = 0) -> None:
         self.served: list[str] = []
         self.num_drawn = 0
-        self._dies_after = dies_after
+        self._dies_after, self._loses_samplers = dies_after, loses_samplers
 
     @contextlib.contextmanager
     def __call__(self, candidate: Candidate) -> Iterator[Serving]:
         self.served.append(candidate.label)
-        self.samplers = [LocalSampler("sampler-0", PlainSampler(candidate.path))]
+        self._path = candidate.path
+        self.samplers = [self._sampler()]
         self.verifier = LocalVerifier(self._judge)
         yield self
+
+    def _sampler(self) -> LocalSampler:
+        self._loses_samplers -= 1
+        return (Dying if self._loses_samplers >= 0 else LocalSampler)("sampler-0", PlainSampler(self._path))
+
+    async def restart(self, sampler: LocalSampler) -> LocalSampler:
+        return self._sampler()
 
     async def fetch(self, handle: RolloutGroup) -> RolloutGroup:
         return handle
@@ -91,15 +110,19 @@ def evaluation(tiny_model: Path, tmp_path: Path) -> Any:
 
 
 def test_a_model_is_evaluated_as_a_run_evaluates_its_versions(evaluation: Any, tiny_model: Path) -> None:
-    """The same draws, so the same accuracy, error, length and outcomes as the row a run would write."""
+    """The same draws, so the same figures as the row a run would write."""
     recipe, plain = make_recipe("eval.math.samples=4"), Plain()
     code, results, rows, _ = evaluation(recipe, plain)
     assert code == 0 and plain.num_drawn == len(rows) == 3 * 4 + 3 * 2
     eval_set = load_eval_sets(recipe, tiny_model)[0]
     found = results["evals"]["math"]["models"]["A"]
     settings = RunSettings(seed=recipe.seed, limits=Limits())
-    fresh = LocalSampler("sampler-0", PlainSampler(tiny_model))
-    row = asyncio.run(evaluate(eval_set, fresh, LocalVerifier(parity), settings, version=0))
+    with plain(Candidate(label="A", name="", path=tiny_model, fingerprint="")) as serving:
+        samples = asyncio.run(in_run.evaluate(eval_set, serving.samplers[0], serving, settings))
+    row = in_run.figures(eval_set, samples)
+    assert row["pass_at"] == {k: pytest.approx(found["pass_at"][str(k)]) for k in (2, 4)}
+    responses = {(row["prompt_id"], row["number"]): row["response"] for row in rows if row["eval"] == "math"}
+    assert responses == {(prompt, s.number): s.response for prompt, group in samples.items() for s in group}
     assert (row["accuracy"], row["accuracy_se"]) == (found["pass_at"]["1"]["mean"], found["pass_at"]["1"]["se"])
     assert row["response_length_mean"] == found["response_length_mean"] and row["outcomes"] == found["outcomes"]
     assert 0 < row["accuracy"] < 1
@@ -176,6 +199,22 @@ def test_an_evaluation_that_is_cut_short_goes_on_where_it_was(evaluation: Any, t
     code, results, rows, _ = evaluation(make_recipe(), rest)
     assert (code, rest.num_drawn, len(rows)) == (0, 6, 12)
     assert results["evals"]["code"]["models"]["A"]["num_problems"] == 3
+
+
+def test_a_lost_sampler_is_replaced_within_the_budget_of_restarts(evaluation: Any, tmp_path: Path) -> None:
+    _, whole, rows, _ = evaluation(make_recipe(), Plain())
+    shutil.rmtree(tmp_path / "out")
+    loses = Plain(loses_samplers=3)
+    code, results, again, text = evaluation(make_recipe(), loses)
+    assert (
+        (code, loses.num_drawn) == (0, 12) and results == whole and sorted(map(repr, again)) == sorted(map(repr, rows))
+    )
+    assert text.count("sampler-0 was lost during sampling") == 3 and "sampler-0 is back" in text
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples.jsonl").touch()
+    code, _, again, text = evaluation(make_recipe(), Plain(loses_samplers=4))
+    assert (code, again) == (1, []) and "the evaluation stopped: sampler-0 was lost" in text.replace("\n", " ")
 
 
 def test_two_models_are_compared_problem_by_problem(evaluation: Any, tiny_model: Path, tmp_path: Path) -> None:
@@ -291,8 +330,9 @@ def test_every_key_is_documented() -> None:
     [(r"So \boxed{1/2}", "1/2"), (r"\boxed{0.50}", "1/2"), (r"\boxed{\dfrac{1}{2}}", "1/2"), (r"\boxed{x + 1}", "x+1")],
 )
 def test_answers_that_are_plainly_the_same_vote_together(response: str, vote: str) -> None:
-    assert stated_answer(response) == vote
-    assert stated_answer("I do not know") is None
+    math, code = (Prompt(id="p", token_ids=(1,), task=task, reference={}) for task in ("math", "code"))
+    assert stated_answer(math, response) == vote
+    assert stated_answer(math, "I do not know") is None and stated_answer(code, response) is None
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

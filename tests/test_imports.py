@@ -33,7 +33,7 @@ ALLOWED = {
     "doctor": {"tracking"},
     "provenance": {"doctor"},
     "workers": {"types", "core", "config", "pipeline", "engines"},
-    "evaluate": {"types", "archive", "config", "eval_report", "exit_codes", "pipeline", "plan", "run", "run_directory", "stages", "tracking", "workers"},
+    "evaluate": {"types", "archive", "config", "eval_report", "exit_codes", "pipeline", "plan", "progress", "run", "run_directory", "stages", "tracking", "workers"},
     "eval_report": {"core"},
     "cli": {"config", "recipe", "exit_codes", "plan", "run", "summary", "doctor", "archive", "analysis", "study", "evaluate", "curation"},
     "run_directory": {"config", "checkpoint", "engines", "pipeline", "tracking"},

@@ -50,7 +50,10 @@ for step in range((resume or 0) + 1, last + 1):
         tracker.log("eval", {
             "eval": "math", "when": "start" if step == 2 else "math", "step": step, "accuracy": step / 8,
             "accuracy_se": 0.0, "num_prompts": 8, "num_samples": 1, "temperature": 1.0,
+            "pass_at": {"2": {"mean": 0.75, "se": 0.1}},
+            **({"since_stage": {"mean": 0.25, "se": 0.125}} if step == 4 else {}),
         })
+        tracker.log("eval_sample", {"eval": "math", "when": "start" if step == 2 else "math", "step": step, "number": 0})
 if end == "hang":
     time.sleep(60.0)
 if end == "complete":
@@ -129,6 +132,9 @@ def test_an_offline_run_that_was_continued_holds_each_row_once_and_can_be_upload
     assert losses(history) == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0)]
     evals = [(row["eval/step"], row["eval/math/accuracy"]) for row in history if "eval/step" in row]
     assert evals == [(2, 0.25), (4, 0.5)]
+    judged = [row for row in history if "eval/step" in row]
+    assert [row["eval/math/pass_at/2/mean"] for row in judged] == [0.75, 0.75]
+    assert [row.get("eval/math/since_stage/mean") for row in judged] == [None, 0.25]
 
     tables = [row for row in history if "samples/step" in row]
     assert [row["samples/step"] for row in tables] == [2, 4, 6]
@@ -160,6 +166,7 @@ def test_an_offline_run_that_was_continued_holds_each_row_once_and_can_be_upload
         "evals/math/accuracy_se": 0.0,
         "evals/math/accuracy_before": 0.25,
         "evals/math/gain": 0.25,
+        "evals/math/gain_se": 0.125,
     }
     assert summary["run/num_steps"] == 5 and summary["run/failures/resumes"] == 1
 

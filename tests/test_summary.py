@@ -33,7 +33,7 @@ def step(number: int, stage: str, time: float, **more: Any) -> dict[str, Any]:
     }
 
 
-def evaluation(when: str, step: int, accuracy: float, error: float) -> dict[str, Any]:
+def evaluation(when: str, step: int, accuracy: float, error: float, **since: tuple[float, float]) -> dict[str, Any]:
     return {
         "eval": "math",
         "when": when,
@@ -44,6 +44,7 @@ def evaluation(when: str, step: int, accuracy: float, error: float) -> dict[str,
         "num_samples": 1,
         "temperature": 1.0,
         "time": 0.0,
+        **{key: {"mean": mean, "se": se} for key, (mean, se) in since.items()},
     }
 
 
@@ -87,10 +88,11 @@ def run_dir(tmp_path: Path) -> Path:
     )
     write_rows(
         path / "eval.jsonl",
-        evaluation("math", 4, 0.70, 0.03),
+        evaluation("math", 4, 0.70, 0.03, since_stage=(0.24, 0.02), since_start=(0.60, 0.045)),
         evaluation("start", 0, 0.10, 0.04),
-        evaluation("warmup", 1, 0.45, 0.02),
-        evaluation("warmup", 1, 0.46, 0.04),
+        evaluation("warmup", 1, 0.46, 0.04, since_stage=(0.36, 0.05), since_start=(0.36, 0.05)),
+        evaluation("resume", 2, 0.47, 0.04, since_stage=(0.01, 0.02), since_start=(0.37, 0.05)),
+        evaluation("step", 3, 0.48, 0.04, since_stage=(0.02, 0.02), since_start=(0.38, 0.05)),
     )
     return path
 
@@ -103,15 +105,15 @@ def made(run_dir: Path, **more: Any) -> tuple[dict[str, Any], str]:
     return json.loads((run_dir / "summary.json").read_text()), console.file.getvalue()
 
 
-def test_gains_are_between_versions_in_order_and_carry_both_errors(run_dir: Path) -> None:
-    """0.10 -> 0.46 -> 0.70: gains 0.36 and 0.24, 0.60 in all; errors sqrt(.04^2 + .03^2) = .05 for both of the last."""
+def test_evaluations_before_and_after_stages_are_shown_in_order_with_their_gains(run_dir: Path) -> None:
     summary, text = made(run_dir)
     start, warmup, math = summary["evals"]["math"]
     assert [row["when"] for row in (start, warmup, math)] == ["start", "warmup", "math"]
-    assert "gain" not in start
-    assert warmup["gain"] == pytest.approx([0.36, 0.04 * 2**0.5])
-    assert math["gain"] == pytest.approx([0.24, 0.05]) and math["gain_since_first"] == pytest.approx([0.60, 0.05])
-    assert "70.0 +- 3.0" in text and "+24.0 +- 5.0" in text and "+60.0 +- 5.0" in text
+    assert "since_start" not in start and warmup["since_stage"] == {"mean": 0.36, "se": 0.05}
+    assert text.count(" +- ") == 3 + 4 + 1, "accuracies, gains, and the heading's"
+    assert "70.0 +- 3.0  +24.0 +- 2.0  +60.0 +- 4.5" in " ".join(text.split()).replace(" +2", "  +2").replace(
+        " +6", "  +6"
+    )
 
 
 def test_a_stage_has_what_it_took_and_the_accuracy_before_and_after_it(run_dir: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_stage_has_what_it_took_and_the_accuracy_before_and_after_it(run_dir: 
     evals = math.pop("evals")
     assert math == {"steps": 3, "seconds": 6.0, "rollouts": 48, "response_tokens": 600}
     assert evals["math"]["accuracy_before"] == 0.46 and evals["math"]["accuracy"] == 0.70
-    assert evals["math"]["gain"] == pytest.approx(0.24)
+    assert (evals["math"]["gain"], evals["math"]["gain_se"]) == (0.24, 0.02)
     assert summary["stages"]["warmup"]["rollouts"] == 0
     assert summary["stages"]["warmup"]["evals"]["math"]["accuracy_before"] == 0.10
 

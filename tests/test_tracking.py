@@ -19,9 +19,6 @@ import torch
 from rich.console import Console
 
 from rlpost.core.metrics import StepReport, Tally
-from rlpost.pipeline.controller import RunSettings
-from rlpost.pipeline.evaluation import EvalSet, evaluate
-from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import Export
 from rlpost.pipeline.step_metrics import Published, StepRecord, step_metrics
 from rlpost.progress import EVENT_LINES, Progress, eval_line, event_line, step_line
@@ -325,8 +322,12 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
     for step in range(1, 6):
         tracker.log("step", step_row(step))
         tracker.log("rollout", {"step": step, "response": "x"})
-    tracker.log("eval", eval_row(3))
-    tracker.log("eval", eval_row(4))
+    for when, step in (("warmup", 2), ("step", 3), ("warmup", 3), ("resume", 3), ("step", 4)):
+        tracker.log("eval_sample", {"eval": "math", "when": when, "step": step, "response": "x"})
+        tracker.log("eval", {**eval_row(step), "when": when})
+    tracker.log(
+        "eval_sample", {"eval": "code", "when": "step", "step": 3, "response": "of an evaluation that was cut off"}
+    )
     tracker.show("unchanged", 3, b"kept")
     tracker.show("unchanged", 4, b"cut")
     tracker.log("event", {"event": "group_failed", "prompt": "p", "failure": "worker_lost", "detail": "d"})
@@ -337,7 +338,10 @@ def test_a_resume_cuts_every_file_back_to_its_checkpoint(tmp_path: Path) -> None
     resumed = tracker_of(tmp_path, mode="disabled", resume_at_step=3)
     assert steps_in(tmp_path) == [1, 2, 3]
     assert steps_in(tmp_path, "rollout") == [1, 2, 3]
-    assert steps_in(tmp_path, "eval") == [3]
+    # Of the checkpoint's version, the evaluation that the resumed run will not make again.
+    stay = [("math", "warmup", 2), ("math", "step", 3)]
+    for kind in ("eval", "eval_sample"):
+        assert [(row["eval"], row["when"], row["step"]) for row in read_rows(tmp_path / FILES[kind])] == stay
     assert [event["path"] for event in events_in(tmp_path, "checkpoint")] == ["a"]
     assert len(events_in(tmp_path, "group_failed")) == 1
     assert events_in(tmp_path, "run_start")[1]["resumed_at"] == 3
@@ -430,6 +434,8 @@ def test_a_supervised_step_shows_its_loss() -> None:
 def test_an_evaluation_reads_like_a_sentence() -> None:
     line = "eval math 46.1 % +- 1.6 (n = 512, T = 1.0) after stage warmup, version 440"
     assert eval_line(eval_row(440)) == line
+    gained = eval_line({**eval_row(440), "since_start": {"mean": 0.031, "se": 0.012}})
+    assert gained == f"{line}, +3.1 +- 1.2 since the start"
     many = eval_line({**eval_row(0), "when": "start", "num_samples": 4})
     assert many == "eval math 46.1 % +- 1.6 (n = 512 x 4, T = 1.0) before training, version 0"
 
@@ -634,25 +640,6 @@ def test_every_key_of_a_step_is_documented_and_nothing_else_is() -> None:
     patterns = documented("metrics.jsonl")
     assert not {key for key in produced if not any(matches(key, pattern) for pattern in patterns)}
     assert not {pattern for pattern in patterns if not any(matches(key, pattern) for key in produced)}
-
-
-async def test_every_key_of_an_evaluation_is_documented_and_nothing_else_is() -> None:
-    class Fleet:
-        async def sample(self, request: Any) -> tuple[None, GroupSummary]:
-            return None, Group("math", 0).summary
-
-    class Verifier:
-        name = "verifier"
-
-        async def judge(self, handle: None) -> tuple[Judgement, ...]:
-            return Group("math", 0).judgements
-
-    eval_set = EvalSet(name="math", prompts=[Group("math", 0).prompt], num_samples=2, temperature=1.0, max_tokens=5)
-    settings = RunSettings(seed=0, limits=Limits())
-    group = Group("math", 0).summary
-    assert group.oldest_version == group.newest_version
-    row = await evaluate(eval_set, Fleet(), Verifier(), settings, version=group.newest_version)  # type: ignore[arg-type]
-    assert {*row, "eval", "when", "step", "time"} == set(documented("eval.jsonl"))
 
 
 def test_every_event_is_documented_and_nothing_else_is() -> None:

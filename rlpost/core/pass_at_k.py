@@ -6,6 +6,7 @@ P problems, C answers that some sample gave. Samples of one problem are alike, s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,6 +21,22 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """
     assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def budgets(num_samples: int) -> list[int]:
+    """The k that are reported of n samples: 1, 2, 4 and so on, and all."""
+    return sorted({num_samples, *(1 << power for power in range(num_samples.bit_length()))})
+
+
+def voted_at_k(votes_N: Sequence[tuple[bool, str | None]], k: int) -> float:
+    """`majority_at_k` of one problem.
+
+    Args:
+        votes_N: of each sample whether it is right, and its answer as it votes; None: it gave none. All right answers are
+            one, whatever they look like: the verifier has found them equal.
+    """
+    wrong = Counter(answer for right, answer in votes_N if not right and answer is not None)
+    return majority_at_k(len(votes_N), sum(right for right, _ in votes_N), tuple(sorted(wrong.values())), k)
 
 
 @lru_cache(maxsize=10_000)
@@ -79,6 +96,12 @@ def clustered_mean(sums_P: Sequence[float], counts_P: Sequence[int] | None = Non
     num = len(sums)
     variance = ((sums - mean * counts) ** 2).sum() * num / max(num - 1, 1)
     return float(mean), float(math.sqrt(variance) / counts.sum())
+
+
+def estimate(values_P: Sequence[float]) -> dict[str, float]:
+    """`clustered_mean` of one figure of each problem, under the names it has in files."""
+    mean, error = clustered_mean(values_P)
+    return {"mean": mean, "se": error}
 
 
 def sign_flip_p_value(differences_P: Sequence[int]) -> float:

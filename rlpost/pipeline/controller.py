@@ -36,10 +36,9 @@ from rlpost.core.patch import WeightPatch
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.core.subnetwork import Coverage
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
-from rlpost.pipeline.deadlines import Bell, within
-from rlpost.pipeline.evaluation import EvalSet, evaluate
+from rlpost.pipeline.deadlines import Bell, task_group, within
+from rlpost.pipeline.evaluation import RESUME, START, STEP, EvalSet, Evaluations, Scores
 from rlpost.pipeline.fleet import Fleet, Limits
-from rlpost.pipeline.ledger import Ledger
 from rlpost.pipeline.moving_on import HOURS, REWARD, TOKENS, History, Until, eval_figure, moves_on
 from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, PromptSource, WorkerLost, Workers
 from rlpost.pipeline.seeds import derive_seed
@@ -170,6 +169,7 @@ class Controller:
         *,
         decode: Callable[[Sequence[int]], str],
         eval_sets: Sequence[EvalSet] = (),
+        evaluated: Mapping[str, Mapping[int, Scores]] | None = None,
         archive: Archive | None = None,
         observer: Observer | None = None,
         start: Position | None = None,
@@ -177,8 +177,13 @@ class Controller:
         load_from: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """
+        Args:
+            evaluated: what a resumed run had evaluated before (`evaluation.scores_after_stages`).
+        """
         self.stages, self.workers, self.tracker, self.checkpoints = stages, workers, tracker, checkpoints
-        self.settings, self.eval_sets, self._clock = settings, eval_sets, clock
+        self.settings, self._clock = settings, clock
+        self._eval_sets, self._evaluated = eval_sets, evaluated or {}
         self._decode = decode
         self._archive, self._observer, self._load_from = archive, observer, load_from
         self.buffer = RolloutBuffer([stage.plan for stage in stages], start)
@@ -188,29 +193,34 @@ class Controller:
                 stage.prompts.restore(state)
         self._bell = Bell()
         self._read: asyncio.Event | None = None  # set once the latest version's weights are read
-        self._publishing: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[Export] | None = None
         self._holding = asyncio.Lock()  # samplers keep their version while it is held: evaluation against publishing
         self._showing: asyncio.Task[None] | None = None
-        self._evals: list[asyncio.Task[None]] = []
-        self._judged = 0
-        """The version that was judged last, or would have been."""
-        self._evaluating = Ledger("train", clock)
         self._refills = self._failed_rollouts = self._ended_rollouts = 0
         self._published: Published | None = None
 
     async def run(self) -> None:
         """Train every stage to its end; raises the first error that ends the run, all tasks cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                self.fleet = Fleet(self.workers, self.settings.limits, tasks.create_task, self._event)
-                tasks.create_task(self._train_loop())
-                tasks.create_task(self._rollout_loop())
-        except* Exception as errors:  # noqa: BLE001 - unwrapped and raised again
-            first: BaseException = errors
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            raise first from None
+        workers = self.workers
+        async with task_group() as tasks:
+            self._tasks = tasks
+            routing = (workers.restart, self.settings.limits, tasks.create_task, self._event)
+            self.fleet = Fleet(workers.samplers, *routing, learner=workers.learner)
+            self._evaluations = Evaluations(
+                self._eval_sets,
+                workers,
+                self.settings,
+                self._log_evaluation,
+                tasks.create_task,
+                fleet=self.fleet,
+                holding=self._holding,
+                evaluators=Fleet(workers.evaluators, *routing) if workers.evaluators else None,
+                complete=self._complete,
+                earlier=self._evaluated,
+                clock=self._clock,
+            )
+            tasks.create_task(self._train_loop())
+            tasks.create_task(self._rollout_loop())
 
     def position(self) -> Position:
         """As of the buffer, with the state of each stage's prompts; call between steps."""
@@ -345,7 +355,7 @@ class Controller:
             if self._read is None:
                 await self._publish()
                 if trains:
-                    self._evaluate("start" if self._load_from is None else "resume", self.eval_sets)
+                    self._evaluate(START if self._load_from is None else RESUME, self._eval_sets)
             self._event("stage_start", stage=stage.name, step=self.buffer.step)
             self._noted = self._clock()
             while self.buffer.step < self.buffer.end_step(index):
@@ -355,19 +365,19 @@ class Controller:
             # Saved before it is judged: what follows can be done again from the checkpoint, and is, on a resume.
             if trains:
                 await self._checkpoint()
-            self._evaluate(stage.name, self.eval_sets)
+            self._evaluate(stage.name, self._eval_sets)
             await self.checkpoints.export(stage.name, self.workers.learner)
             self._event("stage_end", stage=stage.name, step=self.buffer.step)
         if self._publishing is not None:
             await self._publishing
-        await asyncio.gather(*self._evals)
+        await self._evaluations.ended()
         if self._showing is not None:
             await self._showing
         self._bell.ring()
 
     async def _checkpoint(self) -> None:
         """Write one; it vouches for everything before it, so evaluations of earlier versions end first."""
-        await asyncio.gather(*self._evals)
+        await self._evaluations.vouched()
         await self._weights_are_read()  # and so finite
         await self.checkpoints.write(self.position(), self.workers.learner)
 
@@ -432,7 +442,7 @@ class Controller:
             groups=tuple(groups),
             seconds=self._clock() - started,
             waited_s=waited_s,
-            evaluating_s=self._evaluating.collect().get("evaluate", 0.0),
+            evaluating_s=self._evaluations.shared_s(),
             buffer=dict(self.buffer.snapshot()),
             published=self._published if stage.sampled else None,
             worker_seconds=await self._worker_seconds(),
@@ -442,7 +452,7 @@ class Controller:
         if self.settings.checkpoint_every and self.buffer.step % self.settings.checkpoint_every == 0:
             await self._checkpoint()
         if due:  # after the checkpoint, which then need not wait for it
-            self._evaluate("step", due)
+            self._evaluate(STEP, due)
 
     async def _step(self, *, denominator: float, lr: float) -> StepReport:
         """Step and commit, both or neither: whoever interrupts the run finds version and weights in agreement."""
@@ -505,7 +515,7 @@ class Controller:
         if self._read is not None:
             await self._read.wait()
 
-    async def _bring(self, version: int, read: asyncio.Event) -> None:
+    async def _bring(self, version: int, read: asyncio.Event) -> Export:
         # Exported under the lock too: a sampler that is lost during an evaluation gets the version that is evaluated.
         async with self._holding:
             before = self._clock()
@@ -520,6 +530,7 @@ class Controller:
             await self._keep(self._archive, export)
         if self._observer is not None:
             self._showing = self._tasks.create_task(self._show(self._observer, export, self._showing))
+        return export
 
     async def _show(self, observer: Observer, export: Export, showing: asyncio.Task[None] | None) -> None:
         """Beside everything else, one version after another."""
@@ -528,7 +539,7 @@ class Controller:
         if not observer.wants(export.version):
             return
         if export.base is not None and export.base != observer.held:
-            complete = await self._learn("complete export", self.workers.learner.complete())
+            complete = await self._complete()
             if complete.version != export.version:  # the next one has been exported meanwhile
                 observer.let_pass(export.version)
                 return
@@ -542,7 +553,7 @@ class Controller:
             RuntimeError: when the archive does not take it.
         """
         if archive.needs_complete and export.base is not None:
-            export = await self._learn("complete export", self.workers.learner.complete())
+            export = await self._complete()
         patch = await self.workers.fetch_version(export)
         try:
             await asyncio.to_thread(archive.append, patch)
@@ -550,44 +561,25 @@ class Controller:
             raise RuntimeError(f"version {export.version} could not be archived: {error}") from error
 
     def _due(self, index: int) -> list[EvalSet]:
-        """Sets to judge within the stage, of the present version: the first for samplers since a multiple of their `every`.
-
-        None while an evaluation goes on: it holds the samplers at its version, and the next would hold up training.
-        """
+        """Sets to judge within the stage, of the present version, if it is for samplers."""
         step = self.buffer.step
         if step == self.buffer.end_step(index) or (self.stages[index].sampled and not self._is_published(index)):
             return []
-        due = [each for each in self.eval_sets if each.every and step // each.every > self._judged // each.every]
-        if not due:
-            return []
-        if any(not task.done() for task in self._evals):
-            self._event("evaluation_skipped", step=step, evals=[each.name for each in due])
-            self._judged = step
-            return []
-        return due
+        return self._evaluations.due(step)
 
     def _evaluate(self, when: str, eval_sets: Sequence[EvalSet]) -> None:
         """Judge the version just published, beside whatever else goes on."""
-        self._judged = self.buffer.step
-        self._evals = [task for task in self._evals if not task.done()]
-        if eval_sets:
-            self._evals.append(self._tasks.create_task(self._run_evaluation(when, eval_sets, self._publishing)))
+        assert self._publishing is not None
+        self._evaluations.begin(when, eval_sets, self.buffer.step, self._publishing)
 
-    async def _run_evaluation(
-        self, when: str, eval_sets: Sequence[EvalSet], published: asyncio.Task[None] | None
-    ) -> None:
-        version = self.buffer.step
-        if published is not None:
-            await published
-        async with self._holding:
-            with self._evaluating.state("evaluate"):
-                await self._judge_sets(when, eval_sets, version)
+    def _log_evaluation(self, kind: str, row: Mapping[str, Any]) -> None:
+        self.tracker.log(kind, row)
+        if kind == "eval":
+            self._history.note(row["step"], {eval_figure(row["eval"]): row["accuracy"]})
 
-    async def _judge_sets(self, when: str, eval_sets: Sequence[EvalSet], version: int) -> None:
-        for eval_set in eval_sets:
-            result = await evaluate(eval_set, self.fleet, self.workers.verifier, self.settings, version=version)
-            self.tracker.log("eval", {"eval": eval_set.name, "when": when, "step": version, **result})
-            self._history.note(version, {eval_figure(eval_set.name): result["accuracy"]})
+    async def _complete(self) -> Export:
+        """The version exported last, whole."""
+        return await self._learn("complete export", self.workers.learner.complete())
 
     async def _learn(self, phase: str, call: Any) -> Any:
         return await within(self.settings.limits.learn_s, call, worker=self.workers.learner.name, phase=phase)
@@ -595,7 +587,8 @@ class Controller:
     # -- observation ---------------------------------------------------------------------------------------------------
 
     async def _worker_seconds(self) -> dict[str, Mapping[str, float]]:
-        workers = [self.workers.learner, self.workers.verifier, *self.fleet.samplers]
+        samplers = [*self.fleet.samplers, *self._evaluations.evaluators]
+        workers = [self.workers.learner, self.workers.verifier, *samplers]
         seconds = await asyncio.gather(*(worker.seconds() for worker in workers), return_exceptions=True)
         # A worker that dies while it is asked for its times is found out by whoever needs its work.
         return {w.name: s for w, s in zip(workers, seconds, strict=True) if not isinstance(s, BaseException)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from rlpost.pipeline.ports import WorkerLost
@@ -25,6 +26,19 @@ async def within(limit_s: float, awaitable: Awaitable[T], *, worker: str, phase:
         if not limit.expired():
             raise
         raise WorkerLost(worker, phase, f"no answer within {limit_s:g} s") from error
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """asyncio's, but the first error that ends it is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except* Exception as errors:  # noqa: BLE001 - unwrapped and raised again
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
 
 
 class Bell:

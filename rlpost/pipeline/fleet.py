@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlpost.core.patch import UpdateRefused
 from rlpost.pipeline.deadlines import Bell, within
-from rlpost.pipeline.ports import Export, GroupRequest, Handle, Sampler, WorkerLost, Workers
+from rlpost.pipeline.ports import Export, GroupRequest, Handle, Learner, Sampler, WorkerLost
 from rlpost.types import GroupSummary
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Any]
@@ -41,9 +41,24 @@ class _Member:
 class Fleet:
     """Routes groups to live samplers and keeps every one of them on the latest version it can prove."""
 
-    def __init__(self, workers: Workers, limits: Limits, spawn: Spawn, on_event: Callable[..., None]) -> None:
-        self._workers, self._limits, self._spawn, self._on_event = workers, limits, spawn, on_event
-        self._members = [_Member(sampler) for sampler in workers.samplers]
+    def __init__(
+        self,
+        samplers: Sequence[Sampler],
+        restart: Callable[[Sampler], Awaitable[Sampler]],
+        limits: Limits,
+        spawn: Spawn,
+        on_event: Callable[..., None],
+        *,
+        learner: Learner | None = None,
+    ) -> None:
+        """
+        Args:
+            restart: starts another in place of a lost one.
+            learner: who is asked for a complete version where changes are published; None: they never are.
+        """
+        self._restart, self._learner = restart, learner
+        self._limits, self._spawn, self._on_event = limits, spawn, on_event
+        self._members = [_Member(sampler) for sampler in samplers]
         self._latest: Export | None = None
         self._complete: Export | None = None
         """The latest version whole, if a sampler needed it so."""
@@ -77,6 +92,12 @@ class Fleet:
         assert lost is not None
         raise lost
 
+    async def serve(self) -> None:
+        """Serve the model that samplers are started with, which is version 0: nothing is published. Returns once one is up."""
+        await asyncio.gather(*(self._publish_to(m, m.sampler) for m in self._members))
+        while not self.samplers:
+            await self._joined.wait()
+
     async def publish(self, export: Export) -> None:
         """Bring every sampler to `export`; returns once all that live have proved it, and at least one does."""
         self._latest, self._complete = export, None
@@ -102,6 +123,10 @@ class Fleet:
             RuntimeError: when it refuses a complete version.
         """
         refused = False
+        if self._latest is None:
+            sampler = member.sampler
+            await within(self._limits.start_s, sampler.held(), worker=sampler.name, phase="start")
+            member.version = 0
         while self._latest is not None and member.version != self._latest.version:
             sampler = member.sampler
             limit_s = self._limits.start_s if member.version is None else self._limits.update_s
@@ -133,7 +158,8 @@ class Fleet:
             return latest
         async with self._completing:
             if self._complete is None or self._complete.version < latest.version:
-                learner = self._workers.learner
+                learner = self._learner
+                assert learner is not None, f"{latest.version} was published as changes"
                 phase = f"complete export of version {latest.version}"
                 call = learner.complete()
                 self._complete = await within(self._limits.learn_s, call, worker=learner.name, phase=phase)
@@ -156,7 +182,7 @@ class Fleet:
                 raise error
             member.restarts += 1
             name = member.sampler.name
-            restart = self._workers.restart(member.sampler)
+            restart = self._restart(member.sampler)
             try:
                 member.sampler = await within(self._limits.start_s, restart, worker=name, phase="restart")
                 await self._bring_up(member)

@@ -173,27 +173,42 @@ class Learner(Protocol):
     async def seconds(self) -> Seconds: ...
 
 
-class Workers(Protocol):
-    """Everything that holds a model or judges one, wherever it runs."""
+class Serving(Protocol):
+    """Samplers that hold a model, and a verifier."""
 
-    samplers: Sequence[Sampler]
-    verifier: Verifier
-    learner: Learner
-
-    def put(self, group: RolloutGroup) -> Handle:
-        """Make a group that no sampler produced (a demonstration) available to the learner."""
+    @property
+    def samplers(self) -> Sequence[Sampler]:
+        """Those that were started first."""
         ...
+
+    @property
+    def verifier(self) -> Verifier: ...
 
     async def fetch(self, handle: Handle) -> RolloutGroup:
         """Bring a group's tokens here, to log them."""
         ...
 
-    async def fetch_version(self, export: Export) -> WeightPatch:
-        """Bring a version's bytes here, to keep them."""
+    async def restart(self, sampler: Any) -> Sampler:
+        """Replace a dead sampler; the new one holds no published version yet."""
         ...
 
-    async def restart(self, sampler: Sampler) -> Sampler:
-        """Replace a dead sampler; the new one holds no published version yet."""
+
+class Workers(Serving, Protocol):
+    """Everything that holds a model or judges one, wherever it runs."""
+
+    learner: Learner
+
+    @property
+    def evaluators(self) -> Sequence[Sampler]:
+        """Samplers that nothing is trained on: they are for evaluations alone."""
+        ...
+
+    def put(self, group: RolloutGroup) -> Handle:
+        """Make a group that no sampler produced (a demonstration) available to the learner."""
+        ...
+
+    async def fetch_version(self, export: Export) -> WeightPatch:
+        """Bring a version's bytes here, to keep them."""
         ...
 
 

@@ -119,9 +119,10 @@ class LocalWorkers:
         verifier: Verifier,
         learner: Learner,
         restart: Callable[[Sampler], Awaitable[Sampler]] | None = None,
+        evaluators: Sequence[Sampler] = (),
     ) -> None:
         self.samplers, self.verifier, self.learner = samplers, verifier, learner
-        self._restart = restart
+        self.evaluators, self._restart = evaluators, restart
 
     def put(self, group: RolloutGroup) -> RolloutGroup:
         return group

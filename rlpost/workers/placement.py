@@ -17,6 +17,7 @@ import rlpost
 from rlpost.config import LearnerConfig, RecipeError, SamplerConfig
 
 LOOK_LIMIT_S = 120.0
+EVALUATOR = "evaluator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +40,14 @@ class Placement:
 
     ranks: tuple[Node, ...]
     samplers: tuple[Node, ...]
+    evaluators: tuple[Node, ...]
     verifier: Node
 
     def named(self) -> dict[str, str]:
         """The node's name by the worker's."""
         workers = {f"learner-{i}": node for i, node in enumerate(self.ranks)}
-        workers |= {f"sampler-{i}": node for i, node in enumerate(self.samplers)} | {"verifier": self.verifier}
+        workers |= {f"sampler-{i}": node for i, node in enumerate(self.samplers)}
+        workers |= {f"{EVALUATOR}-{i}": node for i, node in enumerate(self.evaluators)} | {"verifier": self.verifier}
         return {worker: node.name for worker, node in workers.items()}
 
 
@@ -63,7 +66,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def place(learner: LearnerConfig, sampler: SamplerConfig, nodes: Sequence[Node]) -> Placement:
-    """Learner ranks together, for they exchange every gradient; each sampler, then the verifier, where most is left.
+    """Learner ranks together, for they exchange every gradient; samplers, evaluators and the verifier each where most is left.
 
     Cores are a preference, GPUs are not: that there are enough of them in all is `plan.check_resources`'s to say.
     """
@@ -85,8 +88,14 @@ def place(learner: LearnerConfig, sampler: SamplerConfig, nodes: Sequence[Node])
     for _ in range(learner.ranks):
         node = ranks[-1] if ranks and has_room(ranks[-1]) else roomiest(learner.gpus_per_rank)
         ranks.append(take(node, learner.gpus_per_rank, learner.threads))
-    samplers = [take(roomiest(sampler.gpus), sampler.gpus, sampler.threads) for _ in range(sampler.workers)]
-    return Placement(ranks=tuple(ranks), samplers=tuple(samplers), verifier=roomiest(0))
+    num_samplers = sampler.workers + sampler.eval_workers
+    samplers = [take(roomiest(sampler.gpus), sampler.gpus, sampler.threads) for _ in range(num_samplers)]
+    return Placement(
+        ranks=tuple(ranks),
+        samplers=tuple(samplers[: sampler.workers]),
+        evaluators=tuple(samplers[sampler.workers :]),
+        verifier=roomiest(0),
+    )
 
 
 def on_node(node: Node) -> NodeAffinitySchedulingStrategy:

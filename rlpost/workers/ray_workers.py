@@ -28,7 +28,7 @@ from rlpost.pipeline.ports import Export, GradedGroup, GroupRequest, Handle, Sec
 from rlpost.pipeline.step_metrics import JUDGE, WAIT
 from rlpost.types import GroupSummary, Judgement, RolloutGroup, summarize
 from rlpost.workers.judging import shape_judgement
-from rlpost.workers.placement import Node, Placement, cluster_nodes, on_node
+from rlpost.workers.placement import EVALUATOR, Node, Placement, cluster_nodes, on_node
 from rlpost.workers.processes import answer, enter_worker, gather_first_error, log_tail, yield_to_samplers
 from rlpost.workers.wire import PackedGroup, PackedPatch, pack_group, pack_patch, unpack_group, unpack_patch
 
@@ -50,9 +50,17 @@ GPU_MEMORY_SHARE = 0.9
 
 class _SamplerProcess:
     def __init__(
-        self, model_path: Path, config: SamplerConfig, max_model_len: int, adapter: LoraConfig | None, log_path: Path
+        self,
+        model_path: Path,
+        config: SamplerConfig,
+        max_model_len: int,
+        adapter: LoraConfig | None,
+        log_path: Path,
+        for_training: bool,
     ) -> None:
         enter_worker(log_path)
+        if not for_training:
+            yield_to_samplers()
         from rlpost.engines.lora_layers import LoraSpec
         from rlpost.engines.vllm_sampler import VllmSampler
         from rlpost.workers.sampler_service import SamplerService
@@ -313,12 +321,14 @@ def start_sampler(
     log_dir: Path,
     adapter: LoraConfig | None = None,
     node: Node | None = None,
+    for_training: bool = True,
 ) -> RaySampler:
     """A sampler process on the present Ray cluster; it answers its first call once its engine is up.
 
     Args:
         adapter: what versions have beside the weights; None: they are plain weights.
         node: where it runs; None: where Ray finds room.
+        for_training: False: it gives way to samplers for which that is so.
     """
     from rlpost.engines.vllm_sampler import environment
 
@@ -330,7 +340,8 @@ def start_sampler(
         scheduling_strategy=None if node is None else on_node(node),
         runtime_env={"env_vars": environment("cuda" if config.gpus else "cpu", num_threads=config.threads)},
     )
-    return RaySampler(name, process.remote(model_path, config, max_model_len, adapter, log_path), log_path)
+    actor = process.remote(model_path, config, max_model_len, adapter, log_path, for_training)
+    return RaySampler(name, actor, log_path)
 
 
 class RayServing:
@@ -355,7 +366,8 @@ class RayServing:
         self._log_dir, self._adapter = log_dir, adapter
         nodes = [None] * sampler.workers if placement is None else placement.samplers
         self._sampler_nodes = {f"sampler-{i}": node for i, node in enumerate(nodes)}
-        self.samplers: list[RaySampler] = [self._start_sampler(name) for name in self._sampler_nodes]
+        self._running: dict[str, RaySampler] = {}
+        self.samplers = [self._start_sampler(name) for name in self._sampler_nodes]
         log_path = log_dir / "verifier.log"
         process = ray.remote(_VerifierProcess).options(
             num_cpus=0,
@@ -369,13 +381,17 @@ class RayServing:
 
     def close(self) -> None:
         """End every worker process; safe to call when some are dead already."""
-        for actor in (*(s.actor for s in self.samplers), self.verifier.actor):
+        for actor in (*(s.actor for s in self._running.values()), self.verifier.actor):
             ray.kill(actor, no_restart=True)
+
+    async def restart(self, sampler: RaySampler) -> RaySampler:
+        ray.kill(sampler.actor, no_restart=True)
+        return self._start_sampler(sampler.name)
 
     def _start_sampler(self, name: str) -> RaySampler:
         """On its node, or once that is gone on one that Ray finds room on."""
         node = self._sampler_nodes[name]
-        return start_sampler(
+        self._running[name] = start_sampler(
             name,
             self._model_path,
             self._sampler_config,
@@ -383,7 +399,9 @@ class RayServing:
             log_dir=self._log_dir,
             adapter=self._adapter,
             node=node if node in cluster_nodes() else None,
+            for_training=not name.startswith(EVALUATOR),
         )
+        return self._running[name]
 
 
 class RayWorkers(RayServing):
@@ -410,6 +428,9 @@ class RayWorkers(RayServing):
             adapter=learner.lora if publish.policy == "adapter" else None,
             placement=placement,
         )
+        evaluator_nodes = {f"{EVALUATOR}-{i}": node for i, node in enumerate(placement.evaluators)}
+        self._sampler_nodes |= evaluator_nodes
+        self.evaluators = [self._start_sampler(name) for name in evaluator_nodes]
         self.learner = self._start_learner(learner, publish, placement.ranks)
 
     def put(self, group: RolloutGroup) -> Handle:
@@ -420,12 +441,6 @@ class RayWorkers(RayServing):
             return joined_patch([unpack_patch(part) for part in await asyncio.gather(*export.handles)])
         except OwnerDiedError as error:
             raise _learner_lost(f"archiving of version {export.version}", self._log_dir) from error
-
-    async def restart(self, sampler: RaySampler) -> RaySampler:
-        ray.kill(sampler.actor, no_restart=True)
-        self.samplers.remove(sampler)
-        self.samplers.append(self._start_sampler(sampler.name))
-        return self.samplers[-1]
 
     def close(self) -> None:
         super().close()

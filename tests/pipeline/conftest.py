@@ -124,17 +124,19 @@ class Run:
 
 @pytest.fixture
 def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
-    """make_run(stages, num_samplers=1, judge=..., eval_sets=(), start=None, history=None, publish_changes=True, archive=None,
-    observer=None, lora=None, serve_adapter=False, **RunSettings)"""
+    """make_run(stages, num_samplers=1, num_evaluators=0, judge=..., eval_sets=(), evaluated=None, start=None, history=None,
+    publish_changes=True, archive=None, observer=None, lora=None, serve_adapter=False, **RunSettings)"""
 
     def build(
         stages: Sequence[Stage],
         *,
         num_samplers: int = 1,
+        num_evaluators: int = 0,
         wrap_sampler: Callable[[LocalSampler], Any] = lambda sampler: sampler,
         restart: Any = None,
         judge: Callable[[RolloutGroup, Rollout], Judgement] = parity_judge,
         eval_sets: Sequence[EvalSet] = (),
+        evaluated: Any = None,
         start: Position | None = None,
         load_from: Path | None = None,
         history: History | None = None,
@@ -149,12 +151,12 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
         torch.set_num_threads(1)
         learner = PlainLearner(tiny_model, lora=lora, serve_adapter=serve_adapter)
         beside = lora if serve_adapter else None
-        samplers = [
-            wrap_sampler(LocalSampler(f"sampler-{i}", PlainSampler(tiny_model, lora=beside)))
-            for i in range(num_samplers)
-        ]
+        samplers, evaluators = (
+            [wrap_sampler(LocalSampler(f"{name}-{i}", PlainSampler(tiny_model, lora=beside))) for i in range(num)]
+            for name, num in (("sampler", num_samplers), ("evaluator", num_evaluators))
+        )
         publishing = LocalLearner(learner, tiny_model, publish_changes=publish_changes)
-        workers = LocalWorkers(samplers, LocalVerifier(judge), publishing, restart)
+        workers = LocalWorkers(samplers, LocalVerifier(judge), publishing, restart, evaluators)
         tracker, checkpoints = MemoryTracker(), DirectoryCheckpoints(tmp_path / "checkpoints")
         run_settings = RunSettings(**{"seed": 0, "limits": Limits(), **settings})
         controller = Controller(
@@ -165,6 +167,7 @@ def make_run(tiny_model: Path, tmp_path: Path) -> Callable[..., Run]:
             run_settings,
             decode=lambda token_ids: " ".join(map(str, token_ids)),
             eval_sets=eval_sets,
+            evaluated=evaluated,
             archive=archive,
             observer=observer,
             start=start,

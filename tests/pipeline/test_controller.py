@@ -26,7 +26,7 @@ from rlpost.engines.plain_learner import PlainLearner
 from rlpost.engines.plain_sampler import PlainSampler
 from rlpost.pipeline.buffer import Position
 from rlpost.pipeline.controller import Stage
-from rlpost.pipeline.evaluation import EvalSet
+from rlpost.pipeline.evaluation import EvalSet, scores_after_stages
 from rlpost.pipeline.fleet import Limits
 from rlpost.pipeline.ports import WorkerLost
 from rlpost.pipeline.seeds import derive_seed
@@ -223,7 +223,14 @@ def test_a_run_killed_between_a_stages_checkpoint_and_its_end_is_judged_and_expo
     stages = [make_stage("a", staleness=None, steps=3), make_stage("b", staleness=0, steps=2)]
     whole = make_run(stages, eval_sets=sets).start()
     position = next(p for p in whole.checkpoints.written if p.step == step)
-    resumed = make_run(stages, eval_sets=sets, start=position, load_from=whole.checkpoints.path(step)).start()
+    kept = [row for row in whole.tracker.of("eval_sample") if row["step"] < step]
+    resumed = make_run(
+        stages,
+        eval_sets=sets,
+        evaluated=scores_after_stages(kept),
+        start=position,
+        load_from=whole.checkpoints.path(step),
+    ).start()
     whole_evals = [row for row in whole.tracker.of("eval") if row["step"] >= step]
     assert resumed.tracker.of("eval") == whole_evals
     assert [row["when"] for row in whole_evals] == (["a", "b"] if step == 3 else ["b"])

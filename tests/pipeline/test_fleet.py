@@ -65,6 +65,10 @@ class Workers:
         return Sampler(sampler.name, update_s=self._replacement_s)
 
 
+def new_fleet(workers: Any, spawn: Any) -> Fleet:
+    return Fleet(workers.samplers, workers.restart, Limits(), spawn, lambda *_, **__: None, learner=workers.learner)
+
+
 async def publish(fleet: Fleet, workers: Workers, version: int) -> None:
     workers.learner.version = version
     await fleet.publish(export(version, version - 1 if version else None))
@@ -73,7 +77,7 @@ async def publish(fleet: Fleet, workers: Workers, version: int) -> None:
 async def test_a_replacement_serves_nothing_before_it_holds_the_version_published_meanwhile() -> None:
     workers = Workers(Sampler("a", dies=True), Sampler("b"), replacement_s=0.2)
     async with asyncio.TaskGroup() as tasks:
-        fleet = Fleet(workers, Limits(), tasks.create_task, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
+        fleet = new_fleet(workers, tasks.create_task)
         for version in (0, 1):
             await publish(fleet, workers, version)
         assert (await fleet.sample(REQUEST))[0] == "b", "a has died, and loads version 1 from now on"
@@ -88,7 +92,7 @@ async def test_a_replacement_serves_nothing_before_it_holds_the_version_publishe
 
 async def test_one_complete_version_serves_all_who_need_it_and_goes_with_the_next() -> None:
     workers = Workers(*(Sampler(name) for name in "abc"))
-    fleet = Fleet(workers, Limits(), asyncio.ensure_future, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
+    fleet = new_fleet(workers, asyncio.ensure_future)
     await publish(fleet, workers, 0)
     for sampler in workers.samplers:
         sampler.version = None  # what they held is damaged
@@ -100,7 +104,7 @@ async def test_one_complete_version_serves_all_who_need_it_and_goes_with_the_nex
 
 async def test_a_learner_that_dies_is_not_charged_to_the_sampler_that_asked_it() -> None:
     workers = Workers(Sampler("a"))
-    fleet = Fleet(workers, Limits(), asyncio.ensure_future, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
+    fleet = new_fleet(workers, asyncio.ensure_future)
     await publish(fleet, workers, 0)
     workers.samplers[0].version, workers.learner.dead = None, True
     with pytest.raises(WorkerLost, match="learner-0 was lost"):

@@ -36,18 +36,30 @@ def test_a_sampler_is_started_again_on_its_node_or_where_ray_finds_room_once_tha
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes = [Node(id=name, name=name, cores=1, gpus=0) for name in "ab"]
-    chosen: list[Node | None] = []
-    monkeypatch.setattr(ray_workers, "start_sampler", lambda name, *args, node, **options: chosen.append(node))
+    chosen: list[tuple[Node | None, bool]] = []
+
+    def start(name: str, *args: Any, node: Node | None, for_training: bool, **options: Any) -> Any:
+        chosen.append((node, for_training))
+        return SimpleNamespace(name=name, actor=f"process {len(chosen)}")
+
+    monkeypatch.setattr(ray_workers, "start_sampler", start)
+    killed: list[Any] = []
+    monkeypatch.setattr(ray_workers.ray, "kill", lambda actor, no_restart: killed.append(actor))
     monkeypatch.setattr(ray_workers, "cluster_nodes", lambda: nodes[:1])
     workers: Any = object.__new__(RayWorkers)
     vars(workers).update(
-        _sampler_nodes={"sampler-0": nodes[0], "sampler-1": nodes[1]},
+        _running={},
+        _sampler_nodes={"sampler-0": nodes[0], "sampler-1": nodes[1], "evaluator-0": nodes[0]},
         _model_path=None,
         _sampler_config=None,
         _max_model_len=0,
         _log_dir=None,
         _adapter=None,
     )
-    for name in ("sampler-0", "sampler-1"):
-        workers._start_sampler(name)
-    assert chosen == [nodes[0], None]
+    first = [workers._start_sampler(name) for name in ("sampler-0", "sampler-1", "evaluator-0")]
+    assert chosen == [(nodes[0], True), (None, True), (nodes[0], False)]
+    again = asyncio.run(workers.restart(first[2]))
+    assert (again.name, chosen[3], killed) == ("evaluator-0", (nodes[0], False), ["process 3"])
+    workers.verifier, workers.learner = SimpleNamespace(actor="verifier"), SimpleNamespace(ranks=[])
+    workers.close()
+    assert killed[1:] == ["process 1", "process 2", "process 4", "verifier"]

@@ -18,10 +18,11 @@ def node(name: str, *, cores: int, gpus: int = 0) -> Node:
 
 
 def placed(learner: Mapping[str, Any], sampler: Mapping[str, Any], nodes: list[Node]) -> str:
-    """Names of the nodes: of the ranks, of the samplers, of the verifier."""
+    """Names of the nodes: of the ranks, of the samplers, of evaluators if any, of the verifier."""
     found = place(LearnerConfig(**learner), SamplerConfig(**sampler), nodes)
-    names = ("".join(n.name for n in group) for group in (found.ranks, found.samplers, [found.verifier]))
-    return " ".join(names)
+    assert len(found.named()) == len(found.ranks) + len(found.samplers) + len(found.evaluators) + 1
+    groups = (found.ranks, found.samplers, found.evaluators, [found.verifier])
+    return " ".join("".join(n.name for n in group) for group in groups if group)
 
 
 def test_workers_on_cpus_are_spread_so_that_none_lacks_a_core() -> None:
@@ -37,6 +38,7 @@ def test_ranks_share_a_node_and_samplers_take_the_gpus_that_are_left() -> None:
     nodes = [node("h", cores=64), node("a", cores=32, gpus=4), node("b", cores=32, gpus=4)]
     assert placed({"ranks": 4} | gpu, {"workers": 4, "gpus": 1}, nodes) == "aaaa bbbb h"
     assert placed({"ranks": 6} | gpu, {"workers": 2, "gpus": 1}, nodes) == "aaaabb bb h"
+    assert placed({"ranks": 2} | gpu, {"workers": 4, "eval_workers": 2, "gpus": 1}, nodes) == "aa bbab ab h"
     # The verifier goes to the head only because that has the most cores.
     assert placed({"ranks": 2} | gpu, {"workers": 1, "gpus": 1}, [node("h", cores=4), *nodes[1:]]).endswith("b")
 
