@@ -222,11 +222,14 @@ def test_more_rows_than_the_queue_holds_turn_the_mirror_off(tmp_path: Path, monk
     monkeypatch.setattr("rlpost.mirror.MAX_QUEUED_ROWS", 5)
     fake = use(monkeypatch, FakeWandb(hang="init"))
     tracker = tracker_of(tmp_path)
+    for _ in range(20):  # of which wandb gets none
+        tracker.log("eval_sample", {"eval": "math", "when": "step", "step": 1, "response": "x"})
+    assert not events_in(tmp_path, "wandb_failed")
     for step in range(1, 21):
         tracker.log("step", step_row(step))
     fake.gate.set()
     tracker.close()
-    assert steps_in(tmp_path) == list(range(1, 21))
+    assert steps_in(tmp_path) == list(range(1, 21)) and steps_in(tmp_path, "eval_sample") == [1] * 20
     assert [event["detail"] for event in events_in(tmp_path, "wandb_failed")] == ["5 rows wait for it"]
 
 
