@@ -68,7 +68,7 @@ class GeneratedData(Table):
 
     source: Literal["generated"]
     families: tuple[str, ...]
-    """Mixed evenly: "arithmetic", "chains" (math), "functions" (code)."""
+    """Mixed evenly: "arithmetic", "chains", "repeated_chains" (math), "functions" (code)."""
     split: Literal["train", "heldout"] = "train"
     num_prompts: Positive = 20_000
     """Distinct draws; ordinals beyond it start the next, reshuffled epoch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,30 +127,31 @@ def _arithmetic(rng: random.Random) -> _Draft:
     )
 
 
-# -- chains: five to eight digits added up, one or two at a time, the rest copied -----------------------------------------
+# -- chains: five or six digits added up, one or two at a time, the rest copied; once, or all of it twice ------------------
 
 
-def _chains(rng: random.Random) -> _Draft:
-    """7+5+9+4+8 is worked as "12+9+4+8", "21+4+8", "25+8", 33, or in steps of two as "21+4+8", 33.
+def _worked_chain(numbers: list[int], pace: int, slips_at: int | None) -> tuple[list[str], int, list[int]]:
+    """The lines, what they come to, and which of them carry. A slip forgets a carry: its line and all after it are 10 too low."""
+    head, rest = numbers[0], numbers[1:]
+    lines: list[str] = []
+    carries: list[int] = []
+    while rest:
+        total = head + sum(rest[:pace])
+        if total // 10 > head // 10:
+            carries.append(len(lines))
+        head, rest = total - 10 * (len(lines) == slips_at), rest[pace:]
+        lines.append("+".join(map(str, (head, *rest))))
+    return lines, head, carries
 
-    Either way is right, and half of the demonstrations take each, so that a policy finetuned on them has responses of 22 to 66
-    tokens and of 10 to 33 for the same problems. The slip forgets a carry in one step, and all lines after it are 10 too low.
-    """
-    numbers = [rng.randint(2, 9) for _ in range(rng.randint(5, 8))]
-    pace = rng.choice((1, 2))
+
+def _chain(rng: random.Random, ways: Sequence[tuple[int, int]]) -> _Draft:
+    """Worked in one of the ways: numbers added per line, times that all lines are written."""
+    numbers = [rng.randint(2, 9) for _ in range(rng.randint(5, 6))]
+    pace, times = rng.choice(ways)
 
     def worked(slips_at: int | None) -> tuple[str, list[int]]:
-        """The response, and the lines that carry."""
-        head, rest = numbers[0], numbers[1:]
-        lines: list[str] = []
-        carries: list[int] = []
-        while rest:
-            total = head + sum(rest[:pace])
-            if total // 10 > head // 10:
-                carries.append(len(lines))
-            head, rest = total - 10 * (len(lines) == slips_at), rest[pace:]
-            lines.append("+".join(map(str, (head, *rest))))
-        return "\n".join((*lines, f"\\boxed{{{head}}}")), carries
+        lines, head, carries = _worked_chain(numbers, pace, slips_at)
+        return "\n".join((*lines * times, f"\\boxed{{{head}}}")), carries
 
     right, carries = worked(None)
     return _Draft(
@@ -160,6 +161,23 @@ def _chains(rng: random.Random) -> _Draft:
         slip_share=SLIP_SHARES["chain"],
         reference={"answer": str(sum(numbers))},
     )
+
+
+def _chains(rng: random.Random) -> _Draft:
+    """7+5+9+4+8 is worked as "12+9+4+8", "21+4+8", "25+8", 33, or in steps of two as "21+4+8", 33.
+
+    Either way is right, and half of the demonstrations take each, so that a policy finetuned on them has responses of 23 to 39
+    tokens and of 11 to 21 for the same problems. Length is work: a step of two is the harder one.
+    """
+    return _chain(rng, [(1, 1), (2, 1)])
+
+
+def _repeated_chains(rng: random.Random) -> _Draft:
+    """Chains in steps of one, half of the demonstrations with every line a second time before the answer, slips included.
+
+    So responses have 23 to 39 tokens, or 43 to 74, for the same problems, and length is waste.
+    """
+    return _chain(rng, [(1, 1), (1, 2)])
 
 
 # -- functions: select numbers by a bound, shift and scale them, collect -----------------------------------------------
@@ -220,6 +238,7 @@ def _functions(rng: random.Random) -> _Draft:
 FAMILIES: Mapping[str, tuple[str, Callable[[random.Random], _Draft]]] = {
     "arithmetic": ("math", _arithmetic),
     "chains": ("math", _chains),
+    "repeated_chains": ("math", _repeated_chains),
     "functions": ("code", _functions),
 }
 """Family to its task and how one problem is drawn."""

@@ -10,7 +10,7 @@ import pytest
 
 from rlpost.data.generated import FAMILIES, SLIP_SHARES, Problem, problems
 
-TASKS = {"arithmetic": "math", "chains": "math", "functions": "code"}
+TASKS = {"arithmetic": "math", "chains": "math", "repeated_chains": "math", "functions": "code"}
 
 
 def take(family: str, split: Any, seed: int, num_problems: int) -> list[Problem]:
@@ -78,6 +78,7 @@ def test_the_tests_of_a_function_problem_accept_its_specification_and_nothing_ne
         ("arithmetic", "+", SLIP_SHARES["+"]),
         ("arithmetic", "-", SLIP_SHARES["-"]),
         ("chains", "+", SLIP_SHARES["chain"]),
+        ("repeated_chains", "+", SLIP_SHARES["chain"]),
         ("functions", " above | below ", SLIP_SHARES["strict"]),
         ("functions", " at least | at most ", SLIP_SHARES["inclusive"]),
     ],
@@ -116,6 +117,19 @@ def test_a_chain_is_worked_in_steps_of_one_or_two_and_a_slip_loses_one_carry_for
     assert min(seen.values()) > 90  # of 125 each, 4 standard errors of a quarter are 39
 
 
+def test_half_of_the_repeated_chains_are_written_twice_slip_and_all():
+    """By hand, 7+5+9+4+8 once or twice "12+9+4+8", "21+4+8", "25+8", "33"."""
+    seen = {(times, right): 0 for times in (1, 2) for right in (True, False)}
+    for problem in take("repeated_chains", "train", 0, 500):
+        *lines, boxed = problem.demonstration.split("\n")
+        num_lines = problem.prompt.count("+")
+        once = lines[:num_lines]
+        assert [line.count("+") for line in once] == list(range(num_lines - 1, -1, -1))
+        assert lines == once * (len(lines) // num_lines) and boxed == f"\\boxed{{{once[-1]}}}"
+        seen[len(lines) // num_lines, once[-1] == problem.reference["answer"]] += 1
+    assert min(seen.values()) > 90  # of 125 each, 4 standard errors of a quarter are 39
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_problem_is_in_both_splits_whatever_the_seeds(family: str):
     """The digest in the id decides, read as a fraction: 0x19999999 / 2^32 = 0.1 is the border."""
@@ -148,16 +162,16 @@ def test_a_problem_has_one_prompt_and_one_reference_whatever_the_seed_it_came_fr
 
 
 def test_prompts_end_in_a_newline_and_tell_nothing_of_the_reference():
-    keys = {"arithmetic": {"answer"}, "chains": {"answer"}, "functions": {"tests", "setup", "entry_point"}}
+    keys = {"math": {"answer"}, "code": {"tests", "setup", "entry_point"}}
     for family in FAMILIES:
         for problem in take(family, "train", 0, 200):
             assert problem.prompt.endswith("\n") and problem.prompt.count("\n") == 1
             assert not problem.demonstration.startswith("\n")
-            assert problem.reference.keys() == keys[family]
+            assert problem.reference.keys() == keys[TASKS[family]]
 
 
 def test_an_unknown_family_or_split_is_refused_at_once_by_name():
-    with pytest.raises(ValueError, match=r"'geometry'.*'arithmetic', 'chains', 'functions'"):
+    with pytest.raises(ValueError, match=r"'geometry'.*'arithmetic', 'chains', 'functions', 'repeated_chains'"):
         problems("geometry", split="train", seed=0)
     with pytest.raises(ValueError, match=r"'test'.*heldout"):
         problems("arithmetic", split="test", seed=0)  # type: ignore[arg-type]
