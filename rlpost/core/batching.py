@@ -18,14 +18,14 @@ def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int, num_ranks: in
     The longest row first, each to the micro-batch with the fewest tokens ("longest processing time first", Graham 1969):
     micro-batches come out about equal, and so do ranks, which take them round robin. All need the same number of
     backward passes (a collective entered by one rank only would hang), so with few rows some are empty. A row longer
-    than `max_tokens` gets a micro-batch of its own.
+    than `max_tokens` gets a micro-batch of its own, and counts as one.
 
     Returns:
         Row indices per micro-batch; every index appears exactly once.
     """
     assert max_tokens > 0 and num_ranks > 0
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    turns = ceil(sum(lengths) / (max_tokens * num_ranks))
+    turns = ceil(sum(min(length, max_tokens) for length in lengths) / (max_tokens * num_ranks))
     while True:
         batches: list[list[int]] = [[] for _ in range(turns * num_ranks)]
         loads = [(0, index) for index in range(len(batches))]

@@ -34,7 +34,7 @@ def test_every_row_is_in_exactly_one_micro_batch_and_ranks_have_equally_many(
 ) -> None:
     batches = plan_micro_batches(lengths, max_tokens=max_tokens, num_ranks=num_ranks)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert len(batches) % num_ranks == 0
+    assert len(batches) % num_ranks == 0 and sum(not batch for batch in batches) < num_ranks
     for batch in batches:
         assert len(batch) <= 1 or sum(lengths[row] for row in batch) <= max_tokens
 
@@ -44,8 +44,9 @@ def test_micro_batches_are_about_equal() -> None:
     assert plan_micro_batches([2, 9, 3, 8, 2, 3, 2], max_tokens=20) == [[1, 5, 4], [3, 2, 0, 6]]
 
 
-def test_a_row_above_the_budget_is_alone() -> None:
-    assert plan_micro_batches([30, 5, 5], max_tokens=20) == [[0], [1, 2]]
+def test_a_row_above_the_budget_is_alone_and_brings_no_empty_micro_batches() -> None:
+    """110 tokens would fill six of 20."""
+    assert plan_micro_batches([100, 5, 5], max_tokens=20) == [[0], [1, 2]]
 
 
 def test_ranks_share_work_before_one_gets_none() -> None:
