@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import socket
 import traceback
@@ -396,6 +397,7 @@ def _serve(pipe: Any, jobs: list[Job], rank: int, world_size: int, port: int) ->
     answer: Any
     try:
         init_distributed(rank=rank, world_size=world_size, master_port=port, timeout_s=60)
+        gc.freeze()  # as in conftest.py
         answer = [run(job, rank=rank, world_size=world_size) for job in jobs]
     except Exception:  # noqa: BLE001 - raised again in the parent
         answer = traceback.format_exc()
