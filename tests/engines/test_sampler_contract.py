@@ -290,18 +290,6 @@ def test_a_delta_of_another_version_is_refused_and_sampling_goes_on(subject: Sub
     assert subject.largest_error(rollout, temperature=1.0) < EXACT
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_what_a_sampler_starts_with_is_not_proved(kind: str, served_model: Path) -> None:
-    """Its first version must come whole, though it could be a delta of the model directory."""
-    for subject in _subject(kind, served_model):
-        assert (subject.engine.version, subject.engine.held) == (0, None)
-        weights = random_weights(served_model, 1)
-        with pytest.raises(UpdateRefused, match="update 1 applies to version 0, and nothing proved is held"):
-            subject.engine.update(make_update(1, weights, base=WeightImage(version=0, tensors=weights)))
-        subject.publish(1)
-        assert (subject.engine.version, subject.engine.held) == (1, 1)
-
-
 Tensors = dict[str, TensorPatch]
 NORM = "model.norm.weight"
 
@@ -402,9 +390,17 @@ def test_stats_count_the_requests(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_a_tied_output_layer_follows_its_embedding(kind: str, tied_model: Path) -> None:
+def test_what_a_sampler_starts_with_is_not_proved_and_a_tied_output_layer_follows_its_embedding(
+    kind: str, tied_model: Path
+) -> None:
+    """Its first version must come whole, though it could be a delta of the model directory."""
     for subject in _subject(kind, tied_model):
+        assert (subject.engine.version, subject.engine.held) == (0, None)
+        weights = random_weights(tied_model, 1)
+        with pytest.raises(UpdateRefused, match="update 1 applies to version 0, and nothing proved is held"):
+            subject.engine.update(make_update(1, weights, base=WeightImage(version=0, tensors=weights)))
         subject.publish(1)
+        assert (subject.engine.version, subject.engine.held) == (1, 1)
         assert "lm_head.weight" not in subject.weights[1]
         subject.engine.add(subject.lasting(60, 61, 62, num_steps=5))
         subject.steps(5)
