@@ -117,9 +117,7 @@ def exercise(path: Path, config: Configuration, *, vocabulary: int, tokens: int)
         kl_coef=0.1 if config.reference else 0.0, advantage=Critic(lr=1e-5) if config.critic else "group_std"
     )
     subnetwork = None if config.subnetwork is None else PrincipalEntries(rank=8, density=config.subnetwork)
-    learner.begin_stage(
-        StageSpec(objective=objective, optimizer=kind(), subnetwork=subnetwork, temperature=1.0, num_threads=1)
-    )
+    learner.begin_stage(StageSpec(objective=objective, optimizer=kind(), subnetwork=subnetwork, num_threads=1))
     mask = torch.arange(ROW_TOKENS) >= PROMPT_TOKENS
     spans = (VersionSpan(version=0, start=0, end=ROW_TOKENS - PROMPT_TOKENS),)
     prompt = Prompt(id="0", token_ids=(), task="math", reference={})
@@ -129,6 +127,7 @@ def exercise(path: Path, config: Configuration, *, vocabulary: int, tokens: int)
                 token_ids=torch.randint(0, vocabulary, (ROW_TOKENS,)),
                 loss_mask=mask,
                 sampler_logprobs=torch.where(mask, -9.7, 0.0),
+                temperature=1.0,
                 spans=spans,
                 finish_reason="stop",
                 text="",

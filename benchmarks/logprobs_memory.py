@@ -41,7 +41,9 @@ def plain(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor) -> tuple[Tensor, 
 
 
 def chunked(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
-    return token_logprobs(hidden_NH, weight_VH, None, ids_N, temperature=0.8)
+    return token_logprobs(
+        hidden_NH, weight_VH, None, ids_N, temperatures_N=torch.full(ids_N.shape, 0.8, device=ids_N.device)
+    )
 
 
 class LiveBytes(TorchDispatchMode):

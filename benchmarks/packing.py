@@ -54,6 +54,7 @@ def make_rollout(length: int, seed: int) -> Rollout:
         token_ids=torch.randint(0, 250, (length,), generator=generator),
         loss_mask=mask,
         sampler_logprobs=torch.where(mask, -5.0, 0.0),
+        temperature=1.0,
         spans=(VersionSpan(version=0, start=0, end=length - num_prompt),),
         finish_reason="stop",
         text="",
@@ -76,7 +77,7 @@ def make_learner(model_path: Path, micro_batch_tokens: int) -> DeepSpeedLearner:
         rank=0,
         world_size=1,
     )
-    learner.begin_stage(StageSpec(objective=PolicyGradient(), optimizer=AdamW(), temperature=1.0, num_threads=1))
+    learner.begin_stage(StageSpec(objective=PolicyGradient(), optimizer=AdamW(), num_threads=1))
     return learner
 
 

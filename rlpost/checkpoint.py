@@ -152,6 +152,7 @@ def latest_checkpoint(run_dir: Path, on_broken: Callable[[Path, list[str]], None
                 pending=tuple(tuple(ordinals) for ordinals in position["pending"]),
                 sources=tuple(position["sources"]),
                 num_steps=tuple(position["num_steps"]),
+                temperatures=tuple(position["temperatures"]),
             ),
             fingerprints=tuple(state["fingerprints"]),
         )

@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from rlpost.data.adapters import defaults_of
 
@@ -19,6 +19,10 @@ RESERVED = ("start", "resume", "step")
 """What eval.jsonl calls evaluations that are not the one after a stage."""
 MAX_SERVED_RANK = 512
 """vLLM's (`vllm.config.lora.MaxLoRARanks`)."""
+
+
+COLDEST, HOTTEST = 0.01, 2.0
+"""The samplers' (`rlpost.engines.sampling`)."""
 
 
 class RecipeError(ValueError):
@@ -359,6 +363,35 @@ class DeadlineConfig(Table):
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
+Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+
+
+class EntropyTargetConfig(Table):
+    """A temperature that is moved after each step, so that the entropy of what is sampled stays where it is wanted."""
+
+    entropy: Annotated[float, Field(gt=0)]
+    """Nats per response token, at that temperature: sampling/entropy is brought to it."""
+    start: Temperature = 1.0
+    """Of the stage's first groups."""
+    min: Temperature = 0.6
+    max: Temperature = 1.4
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Relative change of the temperature per step and relative error of the entropy."""
+
+    @model_validator(mode="after")
+    def _starts_within(self) -> EntropyTargetConfig:
+        if not self.min <= self.start <= self.max:
+            raise ValueError(
+                f"start = {self.start:g} is outside of min = {self.min:g} and max = {self.max:g}: use"
+                " min <= start <= max"
+            )
+        return self
+
+
+def _number_or_table(value: Any) -> str:
+    return "table" if isinstance(value, Mapping | EntropyTargetConfig) else "number"
+
+
 class Sampled(Table):
     """What every algorithm that learns from its own rollouts is asked."""
 
@@ -366,7 +399,11 @@ class Sampled(Table):
     """Rollouts per prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions between the weights updated and the oldest token trained on; 0 is synchronous."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[
+        Annotated[Temperature, Tag("number")] | Annotated[EntropyTargetConfig, Tag("table")],
+        Discriminator(_number_or_table),
+    ] = 1.0
+    """A number, or an entropy to hold: { entropy = 0.3 }. See docs/algorithms.md."""
     truncated: Literal["train", "mask", "bootstrap"] = "train"
     """Rollouts cut at the token limit: train on them as on others, or leave them out of the loss, or (ppo) let the value of
     their last state take the place of their reward."""

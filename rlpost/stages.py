@@ -18,6 +18,7 @@ from rlpost.config import (
     SFT,
     Algo,
     DataConfig,
+    EntropyTargetConfig,
     GeneratedData,
     LoraConfig,
     PairData,
@@ -36,6 +37,7 @@ from rlpost.core.objective import Objective, PolicyGradient, StageSpec, Supervis
 from rlpost.core.optimizers import OPTIMIZERS
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import SUBNETWORKS
+from rlpost.core.temperature import EntropyTarget
 from rlpost.data.answers import stated_answer
 from rlpost.data.difficulty import keep
 from rlpost.data.pairs import load_pairs
@@ -210,6 +212,7 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
         if isinstance(algo, SFT) and found[0].demonstration_ids is None:
             raise RecipeError(f"stage {config.name!r} is supervised, but data {name!r} has no demonstrations")
     spare = not sampled and algo.use_idle_cores and not learner.gpus_per_rank
+    temperature, entropy_target = _temperature(algo)
     threads = max(learner.threads, len(os.sched_getaffinity(0)) // learner.ranks) if spare else learner.threads
     return Stage(
         name=config.name,
@@ -222,12 +225,13 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
         spec=StageSpec(
             objective=objective_of(algo),
             optimizer=OPTIMIZERS[optimizer.name](**optimizer.model_dump(exclude={"name"})),
-            temperature=algo.temperature if sampled else 1.0,
             num_threads=threads,
             adapter_seed=derive_seed(recipe.seed, "adapter", config.name),
             subnetwork=subnetwork and SUBNETWORKS[subnetwork.select](**_settings(subnetwork)),
             responses_recur=not sampled,
         ),
+        temperature=temperature,
+        entropy_target=entropy_target,
         group_size=algo.rollouts_per_prompt,
         max_response_tokens=config.max_response_tokens,
         lr=config.lr,
@@ -239,6 +243,14 @@ def _stage(recipe: Recipe, config: StageConfig, prompts: Mapping[str, Prompts]) 
         shaping=config.reward and {**config.reward.model_dump(), "max_tokens": config.max_response_tokens},
         until=config.until and _until(config.until),
     )
+
+
+def _temperature(algo: Algo) -> tuple[float, EntropyTarget | None]:
+    """Of the first groups, and what moves it from there."""
+    given = algo.temperature if isinstance(algo, Sampled) else 1.0
+    if isinstance(given, EntropyTargetConfig):
+        return given.start, EntropyTarget(**given.model_dump(exclude={"start"}))
+    return given, None
 
 
 def _num_steps(config: StageConfig, num_prompts: int) -> int:

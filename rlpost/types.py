@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,8 @@ class Rollout:
     """[L] bool: True on the tokens the policy sampled, from the engine's own count."""
     sampler_logprobs: Tensor
     """[L] float32: log-prob of each response token under the distribution it was drawn from (temperature included)."""
+    temperature: float
+    """What divides the logits of that distribution; 1 for a demonstration."""
     spans: tuple[VersionSpan, ...]
     """Cover the response from 0 without gaps, versions ascending. Empty for a demonstration: no policy sampled it."""
     finish_reason: str
@@ -109,6 +111,8 @@ class TrainingBatch:
     """bool: sampled tokens, minus those older than the staleness bound allows."""
     sampler_logprobs_BT: Tensor
     """float32, 0 off the mask."""
+    temperatures_B: Tensor
+    """float32: what divides the logits of each row. Rows of one step may differ, as groups of several do."""
     advantages_B: Tensor
     """float32, one per rollout: verifiable rewards judge the whole response. With a critic, its reward instead: the
     advantage of each token is estimated where the values are (`core.critic`)."""
@@ -139,7 +143,7 @@ class GroupSummary:
 
     Example:
         GroupSummary(prompt_id="arithmetic/17", num_tokens_G=(9, 12), num_prompt_tokens=4, finish_reasons_G=("stop",
-        "length"), oldest_version=7, newest_version=8)
+        "length"), temperature=1.0, surprisals_G=(2.1, 3.5), oldest_version=7, newest_version=8)
     """
 
     prompt_id: str
@@ -147,6 +151,9 @@ class GroupSummary:
     """Response tokens of each rollout."""
     num_prompt_tokens: int
     finish_reasons_G: tuple[str, ...]
+    temperature: float
+    surprisals_G: tuple[float, ...]
+    """Minus the log-prob of each response, in nats, as it was drawn."""
     oldest_version: int | None
     """Version of the oldest token of the group; None for demonstrations."""
     newest_version: int | None
@@ -157,6 +164,7 @@ class GroupSummary:
             self,
             num_tokens_G=tuple(self.num_tokens_G[index] for index in kept),
             finish_reasons_G=tuple(self.finish_reasons_G[index] for index in kept),
+            surprisals_G=tuple(self.surprisals_G[index] for index in kept),
         )
 
 
@@ -189,6 +197,8 @@ def summarize(group: RolloutGroup) -> GroupSummary:
         num_tokens_G=tuple(rollout.num_response_tokens for rollout in group.rollouts),
         num_prompt_tokens=len(group.prompt.token_ids),
         finish_reasons_G=tuple(rollout.finish_reason for rollout in group.rollouts),
+        temperature=group.rollouts[0].temperature,
+        surprisals_G=tuple(-float(rollout.sampler_logprobs.sum(dtype=float64)) for rollout in group.rollouts),
         oldest_version=min((span.version for span in spans), default=None),
         newest_version=max((span.version for span in spans), default=None),
     )

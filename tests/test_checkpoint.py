@@ -18,6 +18,7 @@ POSITION = Position(
     next_ordinals=(24, 3),
     pending=((), (1, 2)),
     sources=({"starts": [0, 5], "left": [[], [3]], "easy": [1]}, [{"starts": [0], "left": [[]], "easy": []}]),
+    temperatures=(0.7, 1.0 / 3),
 )
 
 

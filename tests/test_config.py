@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlpost import cli
+from rlpost import cli, config
 from rlpost.config import GRPO, SFT, SGD, AdamW, Recipe, RecipeError
+from rlpost.engines import sampling
 from rlpost.memory import learner_memory
 from rlpost.plan import (
     Resources,
@@ -67,6 +68,16 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         build_recipe(TREE, ["stage.rl.epochs=1", "stage.rl.steps=1"])
     with pytest.raises(RecipeError, match="epochs of math, code end at different steps: give steps"):
         build_recipe(TREE, ["stage.rl.epochs=1", "stage.rl.data={math=1, code=1}"])
+
+
+def test_a_temperature_is_a_number_or_an_entropy_to_hold_within_what_samplers_take() -> None:
+    recipe = build_recipe(TREE, ["stage.rl.algo.temperature={entropy=0.3}"])
+    given = recipe.model_dump(mode="json")["stage"][1]["algo"]["temperature"]
+    assert given == {"entropy": 0.3, "start": 1.0, "min": 0.6, "max": 1.4, "gain": 0.1}
+    assert f"temperature {given}" in rendered(recipe)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert "temperature 0.85" in rendered(build_recipe(TREE, ["stage.rl.algo.temperature=0.85"]))
+    assert (config.COLDEST, config.HOTTEST) == (sampling.COLDEST, sampling.HOTTEST)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +168,22 @@ def test_a_stage_is_as_long_as_its_steps_or_its_epochs() -> None:
         ("stage.rl.subnetwork={select='update', before='a'}", r"subnetwork.update.after: this key is required"),
         ("stage.rl.subnetwork={select='file'}", r"subnetwork.file.path: this key is required"),
         ("stage.rl.subnetwork={select='lowest'}", r"'update', 'principal', 'random', 'file'"),
+        ("stage.rl.algo.temperature=2.5", r"algo.grpo.temperature.number: .*less than or equal to 2 \(got 2.5\)"),
+        ("stage.rl.algo.temperature={start=0.9}", r"temperature.table.entropy: this key is required"),
+        ("stage.rl.algo.temperature={entropy=0}", r"temperature.table.entropy: .*greater than 0"),
+        (
+            "stage.rl.algo.temperature={entropy=0.3, min=0.001}",
+            r"temperature.table.min: .*greater than or equal to 0.01",
+        ),
+        (
+            "stage.rl.algo.temperature={entropy=0.3, start=0.5}",
+            r"start = 0.5 is outside of min = 0.6 and max = 1.4: use",
+        ),
+        (
+            "stage.rl.algo.temperature={entropy=0.3, gian=0.1}",
+            r"temperature.table.gian: no such key; did you mean 'gain'",
+        ),
+        ("stage.warm.algo.temperature={entropy=0.3}", r"sft.temperature: 'temperature' .* has no meaning in this one"),
         ("justaword", r"not of the form key.path=value"),
         ("model.build.hidden_size=64", r"either path|required"),
     ],

@@ -156,7 +156,7 @@ def test_activations_are_what_autograd_saves(tiny_model: Path, dtype: torch.dtyp
     num_tokens = 4 * 64
     ids_BT = torch.randint(0, 250, (4, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = scorer(ids_BT, torch.full((4,), 64), torch.arange(64).expand(4, 64) > 0, 1.0)
+        output = scorer(ids_BT, torch.full((4,), 64), torch.arange(64).expand(4, 64) > 0, torch.ones(4))
     assert output[0].requires_grad
     width = dtype.itemsize
     model = Architecture.of_directory(tiny_model)

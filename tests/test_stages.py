@@ -9,6 +9,7 @@ import pytest
 
 from rlpost import stages
 from rlpost.config import Recipe, RecipeError
+from rlpost.core.temperature import EntropyTarget
 from rlpost.recipe import build_recipe
 from tests.data.test_sources import write_jsonl
 
@@ -44,6 +45,14 @@ def test_epochs_become_steps_once_the_data_is_loaded(recipe: Any, tiny_model: Pa
     short = recipe({"epochs": 1, "algo": {"name": "ppo", "critic": {"lr": 1e-5, "warmup_steps": 3}}})
     with pytest.raises(RecipeError, match=r"'s0': critic.warmup_steps = 3 leaves the policy none of 3 steps"):
         stages.prepare(short, tiny_model, None)
+
+
+def test_a_stage_begins_at_its_temperature_and_knows_what_moves_it(recipe: Any, tiny_model: Path) -> None:
+    held = {"entropy": 0.3, "start": 0.9, "max": 1.2, "gain": 0.5}
+    given = [{"algo": {"temperature": temperature}} for temperature in (0.7, held)]
+    found = stages.prepare(recipe(*given, {"algo": {"name": "online_dpo"}}), tiny_model, None).stages
+    target = EntropyTarget(entropy=0.3, min=0.6, max=1.2, gain=0.5)
+    assert [(stage.temperature, stage.entropy_target) for stage in found] == [(0.7, None), (0.9, target), (1.0, None)]
 
 
 def test_a_stage_mixes_its_data_and_keeps_what_its_window_holds(recipe: Any, tiny_model: Path, tmp_path: Path) -> None:

@@ -555,6 +555,8 @@ class Group:
             num_tokens_G=(3, 5),
             num_prompt_tokens=1,
             finish_reasons_G=("stop", "length"),
+            temperature=1.0,
+            surprisals_G=(1.0, 3.0),
             oldest_version=oldest_version,
             newest_version=oldest_version,
         )

@@ -79,6 +79,7 @@ def collate(
         lengths_B=lengths_B,
         loss_mask_BT=loss_mask_BT,
         sampler_logprobs_BT=torch.where(loss_mask_BT, logprobs_BT, 0.0),
+        temperatures_B=torch.tensor([r.temperature for r in rollouts]),
         advantages_B=torch.tensor(advantages, dtype=torch.float32),
         truncated_B=torch.tensor([r.finish_reason == "length" for r in rollouts]),
         weights_B=torch.tensor([rollout_weight(r.num_response_tokens, aggregation=aggregation) for r in rollouts]),

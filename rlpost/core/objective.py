@@ -108,8 +108,6 @@ class StageSpec:
 
     objective: Objective
     optimizer: OptimizerSpec
-    temperature: float
-    """The one the rollouts were sampled at; 1 for demonstrations."""
     num_threads: int
     """CPU threads of this stage: supervised stages may take the cores that samplers leave idle."""
     adapter_seed: int = 0

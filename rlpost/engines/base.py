@@ -116,9 +116,9 @@ class LearnerEngine(Protocol):
     ) -> None:
         """Add these rollouts' summed loss to the step's gradient.
 
-        They are whole groups. For a preference objective those with an advantage are pairs, one after another: 1 marks
-        the chosen response, -1 the rejected one. For KTO they mark a desirable response and an undesirable one, and any
-        may come alone. With a critic, advantages are the rollouts' rewards
+        They are whole groups, and each is scored at its own temperature. For a preference objective those with an
+        advantage are pairs, one after another: 1 marks the chosen response, -1 the rejected one. For KTO they mark a
+        desirable response and an undesirable one, and any may come alone. With a critic, advantages are the rollouts' rewards
         (`core.objective.credit`), values are those of the critic at the last step, and its gradient accumulates too.
 
         Every rank is given the same rollouts in the same order and trains its share of them (collective).

@@ -179,11 +179,12 @@ class DeepSpeedLearner:
                 max_staleness=max_staleness,
             )
             inputs = self._inputs(batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)
+            temperatures_B = self._on_device(batch.temperatures_B)
             reference_BT = None
             if self._reference is not None:
-                reference_BT = self._reference(*inputs, spec.temperature)
+                reference_BT = self._reference(*inputs, temperatures_B)
             # The loss is a few thousand numbers: on the host, core's functions need no devices.
-            logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs, spec.temperature))
+            logprobs_BT, entropies_BT = (x.cpu() for x in self._engine(*inputs, temperatures_B))
             values = None
             if self._critic is not None:
                 values = Values(*(x.cpu() for x in self._critic(*inputs)))
@@ -349,10 +350,11 @@ class DeepSpeedLearner:
     def _backward_of_nothing(self) -> None:
         """A zero gradient on every weight: reductions need each rank, and a step needs a gradient."""
         inputs = self._inputs(NO_ROLLOUT, torch.tensor([2]), NO_ROLLOUT.bool())
+        temperatures_B = self._on_device(torch.ones(1))
         # In the order of a micro-batch with rollouts: another rank may have one.
         if self._reference is not None:
-            self._reference(*inputs, 1.0)  # by the policy's own weights, ZeRO-3 gathers them on every rank
-        logprobs_BT, _ = self._engine(*inputs, 1.0)
+            self._reference(*inputs, temperatures_B)  # by the policy's own weights, ZeRO-3 gathers them on every rank
+        logprobs_BT, _ = self._engine(*inputs, temperatures_B)
         if self._critic is not None:
             values_BT, _ = self._critic(*inputs)
             self._critic.backward(values_BT.sum())

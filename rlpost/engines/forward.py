@@ -63,8 +63,8 @@ class OutputLayer(nn.Module):
         assert isinstance(layer, nn.Linear), f"the output layer is a {type(layer).__name__}, not linear"
         self.weight, self.bias = layer.weight, layer.bias
 
-    def forward(self, hidden_NH: Tensor, token_ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden_NH, self.weight, self.bias, token_ids_N, temperature=temperature)
+    def forward(self, hidden_NH: Tensor, token_ids_N: Tensor, temperatures_N: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden_NH, self.weight, self.bias, token_ids_N, temperatures_N=temperatures_N)
 
 
 class Scorer(nn.Module):
@@ -77,7 +77,7 @@ class Scorer(nn.Module):
         self.output_layer = OutputLayer(_output_layer(policy))
 
     def forward(
-        self, token_ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, temperature: float
+        self, token_ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, temperatures_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each token on the mask, given the tokens before it in its row.
 
@@ -85,7 +85,7 @@ class Scorer(nn.Module):
             token_ids_BT: int64, rows padded on the right.
             lengths_B: int64: real tokens per row.
             mask_BT: bool; never the first position, which nothing precedes.
-            temperature: divides the logits.
+            temperatures_B: float: what divides the logits of each row.
 
         Returns:
             logprobs_BT (differentiable) and entropies_BT in nats (not differentiable), float32, 0 off the mask.
@@ -94,7 +94,8 @@ class Scorer(nn.Module):
         hidden_NH = packed_hidden_states(self.policy.base_model, token_ids_BT, packing)
         rows_N, positions_N = mask_BT.nonzero(as_tuple=True)
         before_NH = packing.states_before(hidden_NH, rows_N, positions_N)
-        logprobs_N, entropies_N = self.output_layer(before_NH, token_ids_BT[rows_N, positions_N], temperature)
+        token_ids_N = token_ids_BT[rows_N, positions_N]
+        logprobs_N, entropies_N = self.output_layer(before_NH, token_ids_N, temperatures_B[rows_N])
         zeros_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
         index = (rows_N, positions_N)
         return zeros_BT.index_put(index, logprobs_N), zeros_BT.index_put(index, entropies_N)

@@ -101,8 +101,8 @@ class PlainLearner:
                 max_staleness=max_staleness,
             )
             rows = (batch.token_ids_BT, batch.lengths_B, batch.loss_mask_BT)
-            reference_BT = None if self._reference is None else self._reference(*rows, spec.temperature)
-            logprobs_BT, entropies_BT = self._scorer(*rows, spec.temperature)
+            reference_BT = None if self._reference is None else self._reference(*rows, batch.temperatures_B)
+            logprobs_BT, entropies_BT = self._scorer(*rows, batch.temperatures_B)
             values = None
             if self._critic is not None:
                 values = Values(*self._critic(*rows))

@@ -143,6 +143,7 @@ def make_rollout(
         token_ids=torch.tensor([*request.prompt_ids, *response_ids], dtype=torch.int64),
         loss_mask=torch.arange(num_prompt + num_response) >= num_prompt,
         sampler_logprobs=torch.tensor([0.0] * num_prompt + list(logprobs), dtype=torch.float32),
+        temperature=request.temperature or 1.0,  # greedy: as their log-probs are reported
         spans=tuple(spans),
         finish_reason=finish_reason,
         text=tokenizer.decode(list(response_ids), skip_special_tokens=True),  # pyright: ignore[reportArgumentType]

@@ -71,6 +71,8 @@ class Position:
     """Per stage: the state of its prompts, by which these ordinals are the prompts that they were."""
     num_steps: tuple[int, ...] = ()
     """Per stage: its steps, fewer than planned where it ends early."""
+    temperatures: tuple[float, ...] = ()
+    """Per stage: at which its next groups are drawn."""
 
 
 @dataclass(slots=True)

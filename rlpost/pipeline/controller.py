@@ -35,6 +35,7 @@ from rlpost.core.objective import StageSpec, Supervised, credit, step_denominato
 from rlpost.core.patch import WeightPatch
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.core.subnetwork import Coverage
+from rlpost.core.temperature import Draws, EntropyTarget
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, task_group, within
 from rlpost.pipeline.evaluation import RESUME, START, STEP, EvalSet, Evaluations, Scores
@@ -59,6 +60,10 @@ class Stage:
     group_size: int
     max_response_tokens: int
     lr: float
+    temperature: float = 1.0
+    """Of its first groups."""
+    entropy_target: EntropyTarget | None = None
+    """What moves it from there; None: it stays."""
     lr_warmup_steps: int = 0
     lr_schedule: Schedule = "constant"
     lr_frozen_steps: int = 0
@@ -191,6 +196,10 @@ class Controller:
         if start is not None and start.sources:
             for stage, state in zip(stages, start.sources, strict=True):
                 stage.prompts.restore(state)
+        self._temperatures = [stage.temperature for stage in stages]
+        """Of each stage's next groups."""
+        if start is not None and start.temperatures:
+            self._temperatures = list(start.temperatures)
         self._bell = Bell()
         self._read: asyncio.Event | None = None  # set once the latest version's weights are read
         self._publishing: asyncio.Task[Export] | None = None
@@ -223,8 +232,9 @@ class Controller:
             tasks.create_task(self._rollout_loop())
 
     def position(self) -> Position:
-        """As of the buffer, with the state of each stage's prompts; call between steps."""
-        return replace(self.buffer.position(), sources=tuple(stage.prompts.state for stage in self.stages))
+        """As of the buffer, with the state of each stage's prompts and its temperature; call between steps."""
+        sources = tuple(stage.prompts.state for stage in self.stages)
+        return replace(self.buffer.position(), sources=sources, temperatures=tuple(self._temperatures))
 
     # -- rollout loop --------------------------------------------------------------------------------------------------
 
@@ -249,7 +259,7 @@ class Controller:
         request = GroupRequest(
             prompt=prompt,
             seeds_G=tuple(derive_seed(*names, index) for index in range(stage.group_size)),
-            temperature=stage.spec.temperature,
+            temperature=self._temperatures[ticket.stage],
             max_tokens=stage.max_response_tokens,
         )
         try:
@@ -426,6 +436,9 @@ class Controller:
             frozen_steps=stage.lr_frozen_steps,
         )
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
+        if stage.entropy_target is not None:  # before anybody is admitted on the strength of this step
+            draws = Draws.of([group.summary for group in groups])
+            self._temperatures[index] = stage.entropy_target.adjusted(self._temperatures[index], draws)
         self._move_on(index, groups)
         self._refills = 0
         due = self._due(index)
@@ -634,6 +647,7 @@ def given_rollout(prompt: Prompt, response_ids: tuple[int, ...] | None) -> Rollo
         token_ids=torch.tensor([*prompt.token_ids, *response_ids]),
         loss_mask=torch.tensor([False] * num_prompt + [True] * num_response),
         sampler_logprobs=torch.zeros(num_prompt + num_response),
+        temperature=1.0,
         spans=(),
         finish_reason="stop",
         text="",

@@ -28,6 +28,7 @@ class PackedGroup:
     token_ids: np.ndarray
     loss_mask: np.ndarray
     sampler_logprobs: np.ndarray
+    temperatures_G: tuple[float, ...]
     spans_G: tuple[tuple[VersionSpan, ...], ...]
     finish_reasons_G: tuple[str, ...]
     texts_G: tuple[str, ...]
@@ -46,6 +47,7 @@ def pack_group(group: RolloutGroup) -> PackedGroup:
         token_ids=torch.cat([r.token_ids for r in rollouts]).numpy(),
         loss_mask=torch.cat([r.loss_mask for r in rollouts]).numpy(),
         sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).numpy(),
+        temperatures_G=tuple(r.temperature for r in rollouts),
         spans_G=tuple(r.spans for r in rollouts),
         finish_reasons_G=tuple(r.finish_reason for r in rollouts),
         texts_G=tuple(r.text for r in rollouts),
@@ -58,6 +60,7 @@ def unpack_group(packed: PackedGroup) -> RolloutGroup:
         _tensor(packed.token_ids).split(lengths),
         _tensor(packed.loss_mask).split(lengths),
         _tensor(packed.sampler_logprobs).split(lengths),
+        packed.temperatures_G,
         packed.spans_G,
         packed.finish_reasons_G,
         packed.texts_G,
@@ -67,9 +70,15 @@ def unpack_group(packed: PackedGroup) -> RolloutGroup:
         prompt=packed.prompt,
         rollouts=tuple(
             Rollout(
-                token_ids=ids, loss_mask=mask, sampler_logprobs=logprobs, spans=spans, finish_reason=reason, text=text
+                token_ids=ids,
+                loss_mask=mask,
+                sampler_logprobs=logprobs,
+                temperature=temperature,
+                spans=spans,
+                finish_reason=reason,
+                text=text,
             )
-            for ids, mask, logprobs, spans, reason, text in columns
+            for ids, mask, logprobs, temperature, spans, reason, text in columns
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ def make_rollout(num_prompt: int, num_response: int, spans: tuple[VersionSpan, .
         token_ids=torch.arange(first_token, first_token + length),
         loss_mask=mask,
         sampler_logprobs=torch.where(mask, -1.5, 0.0),
+        temperature=1.0,
         spans=spans,
         finish_reason="stop",
         text="",
@@ -73,13 +76,14 @@ def test_collate_by_hand() -> None:
     """Row 0: 2 + 3 tokens, the last of them of version 7; row 1: 1 + 1. Updating version 8."""
     spans = (VersionSpan(version=6, start=0, end=2), VersionSpan(version=7, start=2, end=3))
     rollouts = [make_rollout(2, 3, spans), make_rollout(1, 1, (VersionSpan(version=8, start=0, end=1),), 50)]
+    rollouts[1] = replace(rollouts[1], temperature=0.5)
     batch = collate(rollouts, [0.5, -0.5], aggregation="sequence_mean", learner_version=8, max_staleness=2)
     assert batch.token_ids_BT.tolist() == [[10, 11, 12, 13, 14], [50, 51, 0, 0, 0]]
     assert batch.lengths_B.tolist() == [5, 2]
     assert batch.loss_mask_BT.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
     assert batch.sampler_logprobs_BT.tolist() == [[0, 0, -1.5, -1.5, -1.5], [0, -1.5, 0, 0, 0]]
     assert batch.ages_BT.tolist() == [[0, 0, 2, 2, 1], [0, 0, 0, 0, 0]]
-    assert batch.advantages_B.tolist() == [0.5, -0.5]
+    assert batch.advantages_B.tolist() == [0.5, -0.5] and batch.temperatures_B.tolist() == [1.0, 0.5]
     torch.testing.assert_close(batch.weights_B, torch.tensor([1 / 3, 1.0]))
 
 

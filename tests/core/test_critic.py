@@ -250,6 +250,7 @@ def test_a_rollout_cut_at_the_limit_is_laid_out_as_such() -> None:
             token_ids=torch.tensor([5, 6]),
             loss_mask=torch.tensor([False, True]),
             sampler_logprobs=torch.tensor([0.0, -1.0]),
+            temperature=1.0,
             spans=(VersionSpan(version=0, start=0, end=1),),
             finish_reason=finish_reason,
             text="",

@@ -14,7 +14,8 @@ from rlpost.core.logprobs import token_logprobs
 def from_logits(logits: Tensor, ids: list[int], temperature: float) -> tuple[Tensor, Tensor]:
     """An output layer that hands the hidden state through as logits."""
     identity = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return token_logprobs(logits, identity, None, torch.tensor(ids, dtype=torch.int64), temperature=temperature)
+    ids_N = torch.tensor(ids, dtype=torch.int64)
+    return token_logprobs(logits, identity, None, ids_N, temperatures_N=torch.full((len(ids),), temperature))
 
 
 def test_temperature_divides_the_logits_and_not_the_logprobs() -> None:
@@ -41,13 +42,19 @@ def random_layer(dtype: torch.dtype, *, num_tokens: int = 8, hidden: int = 5, vo
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
+def temperatures_of(num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Another for each token."""
+    return torch.linspace(0.6, 1.4, num_tokens, dtype=dtype)
+
+
 def test_gradients_pass_gradcheck() -> None:
     *layer, _ = random_layer(torch.float64)
     ids = torch.tensor([0, 10, 3, 3, 7, 1, 2, 9])
     inputs = [x.requires_grad_() for x in layer]
+    temperatures = temperatures_of(8, torch.float64)
 
     def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return token_logprobs(hidden, weight, bias, ids, temperature=0.7, chunk=3)[0]
+        return token_logprobs(hidden, weight, bias, ids, temperatures_N=temperatures, chunk=3)[0]
 
     assert torch.autograd.gradcheck(logprobs, inputs)
 
@@ -55,7 +62,7 @@ def test_gradients_pass_gradcheck() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8, 100, None])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_chunks_give_the_dense_result_in_value_and_gradient(chunk: int | None, with_bias: bool) -> None:
-    """To 1e-6, of the log-probs, the entropies and every gradient."""
+    """To 1e-6, of the log-probs, the entropies and every gradient, with a temperature for each token."""
     hidden, weight, bias, upstream = random_layer(torch.float32)
     ids = torch.tensor([0, 10, 3, 3, 7, 1, 2, 9])
 
@@ -63,10 +70,11 @@ def test_chunks_give_the_dense_result_in_value_and_gradient(chunk: int | None, w
         return [x.clone().requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
 
     ours, dense = leaves(), leaves()
+    temperatures = temperatures_of(8)
     logprobs, entropies = token_logprobs(
-        ours[0], ours[1], ours[2] if with_bias else None, ids, temperature=0.7, chunk=chunk
+        ours[0], ours[1], ours[2] if with_bias else None, ids, temperatures_N=temperatures, chunk=chunk
     )
-    table = torch.distributions.Categorical(logits=torch.nn.functional.linear(*dense) / 0.7)
+    table = torch.distributions.Categorical(logits=torch.nn.functional.linear(*dense) / temperatures[:, None])
     (logprobs * upstream).sum().backward()
     (table.log_prob(ids) * upstream).sum().backward()
 
@@ -87,7 +95,8 @@ def test_small_gradients_of_a_bfloat16_weight_are_not_lost_between_chunks() -> N
     hidden = torch.ones(65, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.tensor([512.0] + [2.0] * 64)
-    logprobs, _ = token_logprobs(hidden, weight, None, torch.zeros(65, dtype=torch.int64), temperature=1.0, chunk=1)
+    ids = torch.zeros(65, dtype=torch.int64)
+    logprobs, _ = token_logprobs(hidden, weight, None, ids, temperatures_N=torch.ones(65), chunk=1)
     (logprobs * upstream).sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [[320.0], [-320.0]]
 
@@ -104,13 +113,15 @@ def test_only_what_needs_a_gradient_gets_one(needed: tuple[bool, bool]) -> None:
     hidden, weight, _, _ = random_layer(torch.float32)
     hidden.requires_grad_(needed[0])
     weight.requires_grad_(needed[1])
-    token_logprobs(hidden, weight, None, torch.zeros(8, dtype=torch.int64), temperature=1.0)[0].sum().backward()
+    token_logprobs(hidden, weight, None, torch.zeros(8, dtype=torch.int64), temperatures_N=torch.ones(8))[
+        0
+    ].sum().backward()
     assert (hidden.grad is not None, weight.grad is not None) == needed
 
 
 @pytest.mark.parametrize("vocabulary", [100, 10_000])
 def test_what_is_saved_for_backward_does_not_grow_with_the_vocabulary(vocabulary: int) -> None:
-    """Beside the layer's own weight: 64 hidden states of 5 numbers, 64 tokens, 64 normalizers."""
+    """Beside the layer's own weight: 64 hidden states of 5 numbers, 64 tokens, temperatures and normalizers."""
     hidden, weight, bias, _ = random_layer(torch.float32, num_tokens=64, vocabulary=vocabulary)
     hidden.requires_grad_()
     saved: list[int] = []
@@ -121,5 +132,6 @@ def test_what_is_saved_for_backward_does_not_grow_with_the_vocabulary(vocabulary
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_logprobs(hidden, weight, bias, torch.zeros(64, dtype=torch.int64), temperature=0.7)[0].sum()
-    assert sum(saved) == 64 * (5 * 4 + 8 + 4)
+        ids = torch.zeros(64, dtype=torch.int64)
+        token_logprobs(hidden, weight, bias, ids, temperatures_N=temperatures_of(64))[0].sum()
+    assert sum(saved) == 64 * (5 * 4 + 8 + 4 + 4)

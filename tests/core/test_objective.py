@@ -166,6 +166,7 @@ def rollout(finish_reason: str) -> Rollout:
         token_ids=torch.tensor([1, 2]),
         loss_mask=mask,
         sampler_logprobs=torch.zeros(2),
+        temperature=1.0,
         spans=(VersionSpan(version=0, start=0, end=1),),
         finish_reason=finish_reason,
         text="",

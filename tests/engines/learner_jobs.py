@@ -34,7 +34,9 @@ NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
 """Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
 PAIRS = [1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0, -1.0, 1.0]
 """Advantages of the twelve rollouts as five pairs and a tie, for preference objectives."""
-SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, temperature=0.8, num_threads=1)
+TEMPERATURES = 0.8, 1.0, 1.3
+"""At which the rollouts were drawn, by turns."""
+SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, num_threads=1)
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ class Result:
 
 @functools.cache
 def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
-    """Twelve rollouts of 7 to 20 tokens, two of them without advantage, from a sampler near the model at SPEC's
-    temperature, in flight while its weights were swapped; three were cut at the token limit."""
+    """Twelve rollouts of 7 to 20 tokens, two of them without advantage, from a sampler near the model, each at one of
+    TEMPERATURES, in flight while its weights were swapped; three were cut at the token limit."""
     policy = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     rollouts = []
@@ -147,12 +149,14 @@ def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
         length = num_prompt + num_response
         mask = torch.arange(length) >= num_prompt
         token_ids = torch.randint(0, policy.config.vocab_size, (length,), generator=generator)
+        temperature = TEMPERATURES[index % 3]
         noise = NOISE[torch.randint(0, len(NOISE), (length,), generator=generator)]
         rollouts.append(
             Rollout(
                 token_ids=token_ids,
                 loss_mask=mask,
-                sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids) + noise, 0.0),
+                sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids, temperature) + noise, 0.0),
+                temperature=temperature,
                 spans=(VersionSpan(version=0, start=0, end=2), VersionSpan(version=1, start=2, end=num_response)),
                 finish_reason="length" if index % 5 == 1 else "stop",
                 text="",
@@ -162,9 +166,9 @@ def make_rollouts(model_path: Path) -> tuple[list[Rollout], list[float]]:
 
 
 @torch.no_grad()
-def dense_logprobs(policy: Any, token_ids: Tensor) -> Tensor:
-    """[L] log-prob of every token after those before it, at SPEC's temperature; 0 for the first."""
-    table = torch.log_softmax(policy(token_ids[None]).logits[0, :-1] / SPEC.temperature, -1)
+def dense_logprobs(policy: Any, token_ids: Tensor, temperature: float) -> Tensor:
+    """[L] log-prob of every token after those before it; 0 for the first."""
+    table = torch.log_softmax(policy(token_ids[None]).logits[0, :-1] / temperature, -1)
     return torch.cat([torch.zeros(1), table.gather(-1, token_ids[1:, None])[:, 0]])
 
 
@@ -243,9 +247,10 @@ def critic_masters(learner: Any) -> dict[str, Tensor]:
     return {name: _master(p) for name, p in learner._critic.module.named_parameters()}
 
 
-def alone(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """A rollout as a micro-batch: token ids, lengths and mask."""
-    return rollout.token_ids[None], torch.tensor([len(rollout.token_ids)]), rollout.loss_mask[None]
+def alone(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A rollout as a micro-batch: token ids, lengths, mask and temperatures."""
+    lengths, temperatures = torch.tensor([len(rollout.token_ids)]), torch.tensor([rollout.temperature])
+    return rollout.token_ids[None], lengths, rollout.loss_mask[None], temperatures
 
 
 def check_first_ratio(learner: LearnerEngine, fresh: Sequence[Rollout], advantages: Sequence[float]) -> None:

@@ -59,7 +59,7 @@ def test_the_plain_learner_takes_the_step_of_the_dense_formula(tied_model: Path)
     policy = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
     rollouts, advantages = make_rollouts(tied_model)
     for rollout, advantage in zip(rollouts, advantages, strict=True):
-        table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / 0.8, -1)
+        table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / rollout.temperature, -1)
         logprobs = table.gather(-1, rollout.token_ids[1:, None])[:, 0][rollout.loss_mask[1:]]
         ratios = (logprobs - rollout.sampler_logprobs[rollout.loss_mask]).exp()
         surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.28) * advantage)
@@ -91,7 +91,7 @@ def test_fresh_tokens_have_a_ratio_of_exactly_one_and_no_longer_after_a_step(tie
     fresh = []
     for rollout in rollouts:
         with torch.no_grad():
-            logprobs = learner._scorer(*alone(rollout), SPEC.temperature)[0][0]
+            logprobs = learner._scorer(*alone(rollout))[0][0]
         fresh.append(replace(rollout, sampler_logprobs=logprobs))
     check_first_ratio(learner, fresh, advantages)
 
@@ -113,9 +113,9 @@ def test_the_proximal_policy_is_the_one_at_the_start_of_each_step(tied_model: Pa
         for proximal in policies:
             policy.zero_grad()
             for rollout, advantage in zip(rollouts, advantages, strict=True):
-                table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / SPEC.temperature, -1)
+                table = torch.log_softmax(policy(rollout.token_ids[None]).logits[0, :-1] / rollout.temperature, -1)
                 logprobs = table.gather(-1, rollout.token_ids[1:, None])[:, 0]
-                frozen = dense_logprobs(proximal, rollout.token_ids) - rollout.sampler_logprobs
+                frozen = dense_logprobs(proximal, rollout.token_ids, rollout.temperature) - rollout.sampler_logprobs
                 weights = frozen.exp().clamp(max=1.5)[1:]
                 (-(weights * advantage * logprobs)[rollout.loss_mask[1:]].sum() / 20.0).backward()
             norms.append(float(norm_of(gradients_of(policy))))
@@ -216,7 +216,8 @@ def test_small_gradients_are_not_lost_beside_large_ones(kind: Kind, make: Callab
     it is left."""
     policy = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
     rollout = make_rollouts(tied_model)[0][0]
-    on_policy = torch.where(rollout.loss_mask, dense_logprobs(policy, rollout.token_ids), 0.0)
+    logprobs = dense_logprobs(policy, rollout.token_ids, rollout.temperature)
+    on_policy = torch.where(rollout.loss_mask, logprobs, 0.0)
     rollout = replace(rollout, sampler_logprobs=on_policy)
     norms = []
     for advantages in ([512.0, *[1.0] * 16, -512.0], [16.0]):
@@ -238,7 +239,8 @@ def test_an_untied_model_of_long_rows_scores_tokens_as_the_model_itself_does(
     rollout = Rollout(
         token_ids=token_ids,
         loss_mask=mask,
-        sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids), 0.0),
+        sampler_logprobs=torch.where(mask, dense_logprobs(policy, token_ids, 0.9), 0.0),
+        temperature=0.9,
         spans=(VersionSpan(version=1, start=0, end=195),),
         finish_reason="stop",
         text="",

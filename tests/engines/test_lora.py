@@ -127,7 +127,7 @@ def test_a_hundred_publishes_leave_the_base_as_it_was_and_serve_the_sum(
 
 def test_a_sampler_of_the_published_weights_draws_tokens_as_the_learner_scores_them(served_model: Path) -> None:
     learner = PlainLearner(served_model, lora=LORA)
-    learner.begin_stage(replace(SPEC, temperature=1.0))
+    learner.begin_stage(SPEC)
     rollouts, advantages = make_rollouts(served_model)
     learner.accumulate(rollouts, advantages, learner_version=1, max_staleness=1)
     learner.step(denominator=20.0, lr=0.2)
@@ -142,7 +142,7 @@ def test_a_sampler_of_the_published_weights_draws_tokens_as_the_learner_scores_t
     gaps, moves = [], []
     with torch.no_grad():
         for rollout in drawn:
-            inputs = (*alone(rollout), 1.0)
+            inputs = alone(rollout)
             ours = learner._scorer(*inputs)[0][0]
             gaps.append((ours - rollout.sampler_logprobs).abs().max())
             moves.append((before(*inputs)[0][0] - rollout.sampler_logprobs).abs().max())
@@ -201,7 +201,7 @@ def test_the_reference_is_the_base_bit_for_bit_and_no_second_model(
         A.numel() + B.numel() for A, B in adapters_of(learner).values()
     )
     for rollout in make_rollouts(tied_model)[0]:
-        inputs = (*alone(rollout), 0.8)
+        inputs = alone(rollout)
         with torch.no_grad():
             reference = learner._reference(*inputs)
             assert torch.equal(reference, frozen(*inputs)[0])
@@ -230,7 +230,7 @@ def test_fresh_tokens_have_a_ratio_of_exactly_one_under_a_fresh_adapter(
     rollouts, advantages = make_rollouts(tied_model)
     scorer = Scorer(load_policy(tied_model, torch.float32))
     with torch.no_grad():
-        fresh = [replace(r, sampler_logprobs=scorer(*alone(r), SPEC.temperature)[0][0]) for r in rollouts]
+        fresh = [replace(r, sampler_logprobs=scorer(*alone(r))[0][0]) for r in rollouts]
     check_first_ratio(learner, fresh, advantages)
 
 
@@ -246,7 +246,7 @@ def test_the_gradient_is_that_of_the_merged_weight_through_the_chain_rule(tied_m
     policy.load_state_dict(dict(learner.weights()), strict=False)
     rollouts, advantages = make_rollouts(tied_model)
     for rollout, advantage in zip(rollouts, advantages, strict=True):
-        logprobs = Scorer(policy)(*alone(rollout), SPEC.temperature)[0][0]
+        logprobs = Scorer(policy)(*alone(rollout))[0][0]
         ratios = (logprobs - rollout.sampler_logprobs)[rollout.loss_mask].exp()
         surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.28) * advantage)
         (-surrogate.sum()).backward()

@@ -56,7 +56,8 @@ LENGTHS = [5, 31, 2, 17, 30, 8, 31]
 
 @pytest.mark.parametrize("family", ["grouped queries", "sliding window"])
 def test_log_probs_and_gradients_are_those_of_rows_scored_alone_by_transformers(family: str, tmp_path: Path) -> None:
-    """Against the library's own eager attention, row by row, without padding: nothing of ours but the scoring."""
+    """Against the library's own eager attention, row by row, without padding, each at a temperature of its own: nothing of
+    ours but the scoring."""
     sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     torch.manual_seed(0)
     if family == "grouped queries":
@@ -70,11 +71,13 @@ def test_log_probs_and_gradients_are_those_of_rows_scored_alone_by_transformers(
     token_ids_BT, lengths_B = rows_of(LENGTHS, 96)
     mask_BT = torch.arange(token_ids_BT.shape[1]) < lengths_B[:, None]
     mask_BT[:, 0] = False
-    ours_BT = scorer(token_ids_BT, lengths_B, mask_BT, 1.0)[0]
+    temperatures_B = torch.linspace(0.7, 1.3, len(LENGTHS))
+    ours_BT = scorer(token_ids_BT, lengths_B, mask_BT, temperatures_B)[0]
     ours_BT.sum().backward()
     for row, length in enumerate(LENGTHS):
         ids = token_ids_BT[row, :length]
-        logprobs = plain(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        table = torch.log_softmax(plain(input_ids=ids[None]).logits[0, :-1] / temperatures_B[row], -1)
+        logprobs = table.gather(-1, ids[1:, None])[:, 0]
         torch.testing.assert_close(ours_BT[row, 1:length], logprobs, rtol=1e-5, atol=1e-5)
         logprobs.sum().backward()
     for (name, ours), theirs in zip(scorer.policy.named_parameters(), plain.parameters(), strict=True):

@@ -52,7 +52,7 @@ def sampler(served_model: Path) -> Iterator[SamplerInChild]:
 def train(sampler: SamplerInChild, model_path: Path, *, lr: float) -> tuple[PlainLearner, int, list[Rollout]]:
     """Publish versions 0 to NUM_VERSIONS, each with requests in flight that go on; the learner, all bytes, all rollouts."""
     learner, publisher = PlainLearner(model_path), Publisher()
-    spec = StageSpec(objective=PolicyGradient(), optimizer=AdamW(), temperature=1.0, num_threads=1)
+    spec = StageSpec(objective=PolicyGradient(), optimizer=AdamW(), num_threads=1)
     learner.begin_stage(spec)
     num_bytes, num_requests, rollouts = 0, 0, []
     for version in range(NUM_VERSIONS + 1):

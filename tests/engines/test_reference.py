@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,23 +18,26 @@ RECURRING = replace(SPEC, objective=Preference(beta=0.5), responses_recur=True)
 
 
 class Counting:
-    """Scores a token by ten times itself plus its predecessor, and counts the rows it is shown."""
+    """Scores a token by ten times itself plus its predecessor, over the temperature; counts the rows it is shown."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, ids_BT: Tensor, lengths_B: Tensor, mask_BT: Tensor, temperatures_B: Tensor) -> Any:
         self.rows.append(len(ids_BT))
-        logprobs_BT = torch.where(mask_BT, 10.0 * ids_BT + ids_BT.roll(1, 1), 0.0)
+        logprobs_BT = torch.where(mask_BT, 10.0 * ids_BT + ids_BT.roll(1, 1), 0.0) / temperatures_B[:, None]
         return logprobs_BT, logprobs_BT
 
 
-def batch(*rows: tuple[list[int], int], width: int, padding: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def batch(
+    *rows: tuple[list[int], int], width: int, padding: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of (token ids, tokens of the prompt), padded to `width` with `padding`."""
     ids_BT = torch.tensor([ids + [padding] * (width - len(ids)) for ids, _ in rows])
     lengths_B = torch.tensor([len(ids) for ids, _ in rows])
     at_T = torch.arange(width)
-    return ids_BT, lengths_B, torch.stack([(n <= at_T) & (at_T < len(ids)) for ids, n in rows]), 1.0
+    mask_BT = torch.stack([(n <= at_T) & (at_T < len(ids)) for ids, n in rows])
+    return ids_BT, lengths_B, mask_BT, torch.full((len(rows),), temperature)
 
 
 def test_a_response_is_scored_once_whatever_it_is_batched_with() -> None:
@@ -54,6 +58,13 @@ def test_the_same_tokens_after_another_prompt_are_another_response() -> None:
     reference = Reference(Counting(), remember=True)
     for num_prompt, expected in ((1, [0, 21, 32]), (2, [0, 0, 32]), (1, [0, 21, 32])):
         assert reference(*batch(([1, 2, 3], num_prompt), width=3, padding=0))[0].tolist() == expected
+
+
+def test_the_same_tokens_at_another_temperature_are_another_response() -> None:
+    reference = Reference(Counting(), remember=True)
+    for temperature, expected in ((1.0, [0, 21]), (0.5, [0, 42]), (1.0, [0, 21])):
+        asked = batch(([1, 2], 1), width=2, padding=0, temperature=temperature)
+        assert reference(*asked)[0].tolist() == expected
 
 
 def test_sampled_responses_are_not_remembered() -> None:

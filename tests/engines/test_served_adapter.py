@@ -104,7 +104,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.learner = PlainLearner(self.model_path, lora=LORA, serve_adapter=True)
-        self.learner.begin_stage(replace(SPEC, temperature=1.0, adapter_seed=1))
+        self.learner.begin_stage(replace(SPEC, adapter_seed=1))
 
     def publish(self) -> None:
         data = to_bytes(self.publisher.publish(self.version, self.learner.sections()))
@@ -220,7 +220,7 @@ def test_after_many_versions_and_a_merge_vllm_computes_what_peft_does(
     with pytest.raises(AssertionError), policy.disable_adapter():
         check_answers(sampler, policy)
 
-    trainer.learner.begin_stage(replace(SPEC, temperature=1.0, adapter_seed=2))
+    trainer.learner.begin_stage(replace(SPEC, adapter_seed=2))
     for _ in range(8):
         trainer.step()
     trainer.drain()
@@ -285,7 +285,7 @@ def test_a_version_is_the_adapters_changes_until_a_stage_merges_it(trainer: Trai
     for patch, cost in zip(trainer.patches[1:], trainer.merged_bytes[1:], strict=True):
         assert num_bytes(patch, lambda name: not is_of_adapter(name)) == 0
         assert 0 < patch.num_bytes <= 10_240 * 4 and patch.num_bytes < cost / 5
-    trainer.learner.begin_stage(replace(SPEC, temperature=1.0, adapter_seed=2))
+    trainer.learner.begin_stage(replace(SPEC, adapter_seed=2))
     for _ in range(2):
         trainer.step()
     merge, after = trainer.patches[-2:]
@@ -307,7 +307,7 @@ def test_any_version_is_checked_out_as_the_plain_model_it_is(
 ) -> None:
     """In float32 and at a scale of 2, which rounds nothing: what the learner itself merges, in every bit."""
     expected = [dict(trainer.learner.weights())]
-    trainer.learner.begin_stage(replace(SPEC, temperature=1.0, adapter_seed=2))
+    trainer.learner.begin_stage(replace(SPEC, adapter_seed=2))
     trainer.step()
     expected.append(dict(trainer.learner.weights()))
     archive = VersionArchive(tmp_path / VERSIONS)

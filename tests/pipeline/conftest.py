@@ -95,7 +95,7 @@ def make_stage(
         name=name,
         plan=StagePlan(num_steps=steps, groups_per_step=prompts, max_staleness=staleness),
         prompts=ShuffledPrompts(Prompts.listed(PROMPTS), seed=0),
-        spec=StageSpec(objective=objective, optimizer=AdamW(), temperature=1.0, num_threads=1),
+        spec=StageSpec(objective=objective, optimizer=AdamW(), num_threads=1),
         group_size=group_size,
         max_response_tokens=max_tokens,
         lr=lr,

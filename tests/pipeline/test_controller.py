@@ -19,6 +19,7 @@ from rlpost.core.objective import PolicyGradient
 from rlpost.core.patch import diff
 from rlpost.core.preference import Preference
 from rlpost.core.subnetwork import RandomEntries
+from rlpost.core.temperature import EntropyTarget
 from rlpost.core.weights import checksum, unchanged_fraction
 from rlpost.data.prompts import Prompts, ShuffledPrompts
 from rlpost.engines.base import RolloutRequest
@@ -34,6 +35,13 @@ from rlpost.types import Judgement, Rollout, RolloutGroup, WeightImage
 from tests.pipeline.conftest import PROMPTS, Run, make_stage, parity_judge
 
 MakeRun = Callable[..., Run]
+
+
+HELD: dict[str, Any] = {
+    "temperature": 0.9,
+    "entropy_target": EntropyTarget(entropy=4.5, min=0.5, max=1.5, gain=0.5),
+}
+"""Settings of a stage: the policy has 5.6 nats at this temperature."""
 
 
 def synchronous_loop(model: Path, stage: Any) -> tuple[list[tuple[float, float]], dict[str, str]]:
@@ -80,6 +88,33 @@ def test_max_staleness_0_is_the_synchronous_loop_bit_for_bit(make_run: MakeRun, 
     losses, digest = synchronous_loop(tiny_model, stage)
     assert run.losses() == losses
     assert run.digest == digest
+
+
+def test_a_temperature_moves_the_entropy_of_each_stage_and_every_token_is_scored_as_it_was_drawn(
+    make_run: MakeRun,
+) -> None:
+    """Groups of several temperatures are trained in one step, where some were replaced. The second stage begins where its recipe says, also those of
+    its groups that are drawn before the first one ends."""
+    stages = [make_stage(name, staleness=2, steps=steps, refill=True, **HELD) for name, steps in (("a", 8), ("b", 4))]
+    run = make_run(stages)
+    learner = run.controller.workers.learner
+    accumulate, drawn = learner.accumulate, []
+
+    async def spy(groups: Any, *, learner_version: int, **kwargs: Any) -> None:
+        drawn.extend((learner_version, group.handle) for group in groups)
+        await accumulate(groups, learner_version=learner_version, **kwargs)
+
+    learner.accumulate = spy
+    rows = run.start().tracker.of("step")
+    temperatures = [{g.rollouts[0].temperature for v, g in drawn if v == version} for version in range(12)]
+    assert temperatures[0] == temperatures[8] == {0.9} and max(map(len, temperatures)) > 1
+    assert max(temperatures[7]) < 0.8
+    for version, row in enumerate(rows):
+        assert min(temperatures[version]) <= row["sampling/temperature"] <= max(temperatures[version])
+        logprobs = [r.sampler_logprobs[r.loss_mask] for v, g in drawn if v == version for r in g.rollouts]
+        assert row["sampling/entropy"] == pytest.approx(-float(torch.cat(logprobs).mean()))
+        assert row.get("mismatch/logprob_gap_mean_age_0", 0.0) < 1e-5
+    assert rows[7]["sampling/entropy"] < rows[0]["sampling/entropy"] - 0.2
 
 
 def test_a_stage_on_given_pairs_learns_to_prefer_the_chosen(make_run: MakeRun) -> None:
@@ -205,6 +240,7 @@ def test_a_supervised_stage_hands_over_to_a_sampled_one(make_run: MakeRun, stale
             [make_stage(staleness=0, steps=6, lr_frozen_steps=4, objective=PolicyGradient(advantage=Critic(lr=1e-2)))],
             id="with a critic, while it warms up",
         ),
+        pytest.param([make_stage(staleness=0, steps=6, **HELD)], id="with a temperature that moves"),
     ],
 )
 def test_n_steps_then_resume_then_n_equals_2n_bit_for_bit(make_run: MakeRun, stages: list[Any]) -> None:

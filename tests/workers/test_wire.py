@@ -18,6 +18,7 @@ def rollout(num_prompt: int, num_response: int, version: int) -> Rollout:
         token_ids=torch.arange(num_prompt + num_response) + version,
         loss_mask=torch.arange(num_prompt + num_response) >= num_prompt,
         sampler_logprobs=torch.rand(num_prompt + num_response),
+        temperature=version / 10,
         spans=(VersionSpan(version=version, start=0, end=num_response),),
         finish_reason="stop",
         text=f"text {version}",
@@ -34,7 +35,7 @@ def test_a_group_of_ragged_rollouts_survives_packing_and_pickling() -> None:
     for before, after in zip(group.rollouts, back.rollouts, strict=True):
         assert torch.equal(before.token_ids, after.token_ids) and torch.equal(before.loss_mask, after.loss_mask)
         assert torch.equal(before.sampler_logprobs, after.sampler_logprobs)
-        assert (before.spans, before.finish_reason, before.text) == (after.spans, after.finish_reason, after.text)
+        assert all(getattr(before, n) == getattr(after, n) for n in ("temperature", "spans", "finish_reason", "text"))
 
 
 def test_a_patch_keeps_every_bit_and_read_only_memory_is_no_nuisance() -> None:
