@@ -9,23 +9,13 @@ from dataclasses import dataclass
 from rlpost.types import GroupSummary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draws:
-    """How random the rollouts of a step were."""
+def sampled_entropy(groups: Sequence[GroupSummary]) -> float:
+    """Nats per token: the mean of -log-prob over all tokens of the groups, each under the distribution it was drawn from.
 
-    entropy: float
-    """Nats per token: the mean of -log-prob over all their tokens, each under the distribution it was drawn from. It estimates
-    the mean entropy of those distributions without a forward pass, so that groups without signal count as well."""
-    temperature: float
-    """At which they were drawn: the geometric mean over the tokens."""
-
-    @classmethod
-    def of(cls, groups: Sequence[GroupSummary]) -> Draws:
-        tokens = [sum(group.num_tokens_G) for group in groups]
-        nats = math.fsum(nats for group in groups for nats in group.surprisals_G)
-        first = groups[0].temperature  # relative to it, so that the mean of equal temperatures is exactly theirs
-        logs = [n * math.log(group.temperature / first) for n, group in zip(tokens, groups, strict=True)]
-        return cls(entropy=nats / sum(tokens), temperature=first * math.exp(math.fsum(logs) / sum(tokens)))
+    It estimates the mean entropy of those distributions without a forward pass, so groups without signal count as well.
+    """
+    nats = math.fsum(nats for group in groups for nats in group.surprisals_G)
+    return nats / sum(sum(group.num_tokens_G) for group in groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +28,20 @@ class EntropyTarget:
     max: float
     """Bounds of the temperature."""
     gain: float
-    """Share of a step's relative error by which log T moves: in (0, 1]."""
+    """Relative change of the temperature and relative error of the entropy: in (0, 1]."""
 
-    def adjusted(self, temperature: float, draws: Draws) -> float:
-        """The next groups' temperature T, from the last one and from what a step's groups, drawn at T', came to.
+    def adjusted(self, temperature: float, groups: Sequence[GroupSummary]) -> float:
+        """The temperature T of the next groups, from that of the last ones and from a step's groups, of entropy H.
 
-            e     = (target - H) / max(target, H)                          in (-1, 1]
-            log T <- log T + gain (e - (log T - log T'))                   within [log min, log max]
+            log T <- log T + gain (target - H) / max(target, H)            within [log min, log max]
 
-        Integral control of log T, whose state is T itself: at a bound nothing adds up behind it. The groups of a step were
-        admitted up to `max_staleness` + 1 steps ago, and what has been changed since is not in their entropy: it is taken
-        off the error, as if entropy grew in proportion to T (Smith's predictor, 1957). A plain integral would correct the
-        same error once for each step under way; this oscillates at no delay where log entropy grows up to twice as fast as
-        log T.
+        Integral control of log T. Its state is T itself, so that at a bound nothing adds up behind it. A step changes nothing
+        unless all its groups were drawn at T: those admitted before T was changed last do not know of it, and would have
+        the same error corrected once for each step under way. So the loop has no delay, however many these are, and settles
+        wherever log H grows less than 2 / gain times as fast as log T, evenly where less than half of that.
         """
-        error = (self.entropy - draws.entropy) / max(self.entropy, draws.entropy)
-        under_way = math.log(temperature / draws.temperature)
-        return min(max(temperature * math.exp(self.gain * (error - under_way)), self.min), self.max)
+        if any(group.temperature != temperature for group in groups):
+            return temperature
+        entropy = sampled_entropy(groups)
+        error = (self.entropy - entropy) / max(self.entropy, entropy)
+        return min(max(temperature * math.exp(self.gain * error), self.min), self.max)

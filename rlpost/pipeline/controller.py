@@ -35,7 +35,7 @@ from rlpost.core.objective import StageSpec, Supervised, credit, step_denominato
 from rlpost.core.patch import WeightPatch
 from rlpost.core.schedule import Schedule, learning_rate
 from rlpost.core.subnetwork import Coverage
-from rlpost.core.temperature import Draws, EntropyTarget
+from rlpost.core.temperature import EntropyTarget
 from rlpost.pipeline.buffer import Position, RolloutBuffer, StagePlan, Ticket
 from rlpost.pipeline.deadlines import Bell, task_group, within
 from rlpost.pipeline.evaluation import RESUME, START, STEP, EvalSet, Evaluations, Scores
@@ -437,8 +437,8 @@ class Controller:
         )
         report = await self._step(denominator=self._denominator(stage, groups), lr=lr)
         if stage.entropy_target is not None:  # before anybody is admitted on the strength of this step
-            draws = Draws.of([group.summary for group in groups])
-            self._temperatures[index] = stage.entropy_target.adjusted(self._temperatures[index], draws)
+            summaries = [group.summary for group in groups]
+            self._temperatures[index] = stage.entropy_target.adjusted(self._temperatures[index], summaries)
         self._move_on(index, groups)
         self._refills = 0
         due = self._due(index)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, mean, pstdev
 from typing import Any, Protocol
 
 from rlpost.core.metrics import StepReport, critic_metrics, policy_metrics, preference_metrics
-from rlpost.core.temperature import Draws
+from rlpost.core.temperature import sampled_entropy
 from rlpost.pipeline.ports import Export
 from rlpost.types import GroupSummary, Judgement, Prompt
 
@@ -115,15 +115,14 @@ def _rollout_metrics(record: StepRecord) -> dict[str, Any]:
     judgements = [j for group in groups for j in group.judgements]
     rewards = [j.reward for j in judgements]
     reasons = [reason for group in groups for reason in group.summary.finish_reasons_G]
-    draws = Draws.of([group.summary for group in groups])
     ages = Counter(record.step - 1 - (group.summary.oldest_version or 0) for group in groups)
     row: dict[str, Any] = {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
         "reward/frac_zero_std": sum(not any(group.advantages_G) for group in groups) / len(groups),
         "response_length/clip_ratio": reasons.count("length") / len(reasons),
-        "sampling/entropy": draws.entropy,
-        "sampling/temperature": draws.temperature,
+        "sampling/entropy": sampled_entropy([group.summary for group in groups]),
+        "sampling/temperature": mean(group.summary.temperature for group in groups),
         "staleness/group_mean": sum(age * count for age, count in ages.items()) / len(groups),
         "staleness/group_max": max(ages),
         **{f"staleness/groups_age_{age}": count for age, count in sorted(ages.items())},
