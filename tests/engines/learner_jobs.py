@@ -34,7 +34,7 @@ NOISE = torch.tensor([-0.5, -0.06, 0.03, 0.06, 0.5])
 """Log-ratios of the policy and the sampler: inside the clip or far outside, so that rounding moves no token across."""
 PAIRS = [1.0, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 0.0, -1.0, 1.0]
 """Advantages of the twelve rollouts as five pairs and a tie, for preference objectives."""
-TEMPERATURES = 0.7, 0.8, 1.0
+TEMPERATURES = 0.8, 0.9, 1.0
 """At which the rollouts were drawn, by turns."""
 SPEC = StageSpec(objective=PolicyGradient(), optimizer=LINEAR, num_threads=1)
 
