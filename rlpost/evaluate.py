@@ -29,7 +29,7 @@ from rlpost.config import ModelConfig, Recipe, RecipeError
 from rlpost.eval_report import EvalSample, SetResult, figures, render
 from rlpost.pipeline.controller import RunSettings
 from rlpost.pipeline.deadlines import task_group
-from rlpost.pipeline.evaluation import EvalSet, draw
+from rlpost.pipeline.evaluation import EvalSet, draw, room
 from rlpost.pipeline.fleet import Fleet, Limits
 from rlpost.pipeline.ports import Serving, WorkerLost
 from rlpost.plan import max_model_len
@@ -229,7 +229,11 @@ async def _draw_all(
     kept: KeptSamples,
     console: Console,
 ) -> None:
-    settings = RunSettings(seed=recipe.seed, limits=Limits(**recipe.deadlines.model_dump()))
+    settings = RunSettings(
+        seed=recipe.seed,
+        limits=Limits(**recipe.deadlines.model_dump()),
+        max_num_seqs=recipe.sampler.max_num_seqs,
+    )
 
     def show(name: str, **details: Any) -> None:
         console.print(event_line({"event": name, **details})[0], markup=False, highlight=False)
@@ -246,13 +250,10 @@ async def _draw_all(
                 markup=False,
                 highlight=False,
             )
-            # Twice what fits, so that samplers never wait for a verdict, and no request waits past its deadline in a queue.
-            room = asyncio.Semaphore(
-                max(1, 2 * len(serving.samplers) * recipe.sampler.max_num_seqs // eval_set.num_samples)
-            )
+            asked = room(eval_set, len(samplers), settings)
 
-            async def one(each: _Wanted, eval_set: EvalSet = eval_set, room: asyncio.Semaphore = room) -> None:
-                async with room:
+            async def one(each: _Wanted, eval_set: EvalSet = eval_set, asked: asyncio.Semaphore = asked) -> None:
+                async with asked:
                     drawn = await draw(eval_set, each.prompt, each.numbers, samplers, serving, settings)
                 of = {
                     "model": candidate.name,

@@ -259,6 +259,7 @@ def _settings(recipe: Recipe) -> RunSettings:
     return RunSettings(
         seed=recipe.seed,
         limits=Limits(**recipe.deadlines.model_dump()),
+        max_num_seqs=recipe.sampler.max_num_seqs,
         checkpoint_every=recipe.checkpoint_every,
         publish_every=recipe.publish.every,
         max_failed_share=recipe.max_failed_share,

@@ -118,7 +118,7 @@ def test_a_model_is_evaluated_as_a_run_evaluates_its_versions(evaluation: Any, t
     found = results["evals"]["math"]["models"]["A"]
     settings = RunSettings(seed=recipe.seed, limits=Limits())
     with plain(Candidate(label="A", name="", path=tiny_model, fingerprint="")) as serving:
-        samples = asyncio.run(in_run.evaluate(eval_set, serving.samplers[0], serving, settings))
+        samples = asyncio.run(in_run.evaluate(eval_set, serving.samplers[0], serving, settings, num_samplers=1))
     row = in_run.figures(eval_set, samples)
     assert row["pass_at"] == {k: pytest.approx(found["pass_at"][str(k)]) for k in (2, 4)}
     responses = {(row["prompt_id"], row["number"]): row["response"] for row in rows if row["eval"] == "math"}

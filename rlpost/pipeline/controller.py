@@ -149,6 +149,8 @@ class Observer(Protocol):
 class RunSettings:
     seed: int
     limits: Limits
+    max_num_seqs: int = 256
+    """Rollouts that a sampler decodes at once."""
     checkpoint_every: int = 0
     """Steps between checkpoints within a stage; 0: only when a stage ends."""
     publish_every: int = 1

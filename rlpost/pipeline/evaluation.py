@@ -64,6 +64,9 @@ class Settings(Protocol):
     def seed(self) -> int: ...
 
     @property
+    def max_num_seqs(self) -> int: ...
+
+    @property
     def limits(self) -> Limits: ...
 
 
@@ -109,17 +112,25 @@ async def draw(
     ]
 
 
+def room(eval_set: EvalSet, num_samplers: int, settings: Settings) -> asyncio.Semaphore:
+    """For the prompts that are asked at a time: twice what samplers decode at once, so that they never wait for a verdict, and no
+    request waits past its deadline in a queue."""
+    return asyncio.Semaphore(max(1, 2 * num_samplers * settings.max_num_seqs // eval_set.num_samples))
+
+
 async def evaluate(
-    eval_set: EvalSet, samplers: Samplers, serving: Serving, settings: Settings
+    eval_set: EvalSet, samplers: Samplers, serving: Serving, settings: Settings, *, num_samplers: int
 ) -> dict[str, list[Sample]]:
     """All samples of the set, by prompt."""
-    numbers = range(eval_set.num_samples)
+    numbers, asked = range(eval_set.num_samples), room(eval_set, num_samplers, settings)
+
+    async def drawn_of(prompt: Prompt) -> list[Sample]:
+        async with asked:
+            return await draw(eval_set, prompt, numbers, samplers, serving, settings)
+
     prompts = {prompt.id: prompt for prompt in eval_set.prompts}  # one that the data has twice is drawn once
     async with task_group() as tasks:
-        drawn = {
-            name: tasks.create_task(draw(eval_set, prompt, numbers, samplers, serving, settings))
-            for name, prompt in prompts.items()
-        }
+        drawn = {name: tasks.create_task(drawn_of(prompt)) for name, prompt in prompts.items()}
     return {name: task.result() for name, task in drawn.items()}
 
 
@@ -268,7 +279,8 @@ class Evaluations:
 
     async def _judge(self, sets: Sequence[EvalSet], when: str, version: int, fleet: Fleet) -> None:
         for eval_set in sets:
-            samples = await evaluate(eval_set, _Holders(fleet, version), self._workers, self._settings)
+            holders = _Holders(fleet, version)
+            samples = await evaluate(eval_set, holders, self._workers, self._settings, num_samplers=len(fleet))
             place = {"eval": eval_set.name, "when": when, "step": version}
             problems = {prompt.id: prompt.problem for prompt in eval_set.prompts}
             for name, of_prompt in samples.items():

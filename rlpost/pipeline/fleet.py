@@ -65,6 +65,10 @@ class Fleet:
         self._completing = asyncio.Lock()
         self._joined, self._moved_on = Bell(), Bell()
 
+    def __len__(self) -> int:
+        """Samplers, those that are being started again too."""
+        return len(self._members)
+
     @property
     def samplers(self) -> list[Sampler]:
         """Those that hold a proved version."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,24 @@ def test_a_lost_evaluator_is_replaced_by_one_that_holds_the_version_it_judged(
     assert run.tracker.of("eval_sample") == undisturbed.tracker.of("eval_sample")
     (lost,) = run.tracker.events("sampler_lost")
     assert lost["worker"] == "evaluator-0"
+
+
+def test_as_many_prompts_are_asked_as_evaluators_decode_twice_over(make_run: MakeRun) -> None:
+    """3 rollouts at once, twice over, are 2 prompts of 3 samples: the queue of no request grows with the set."""
+    asked: list[int] = []
+
+    class Counting(Evaluator):
+        async def sample(self, request: Any) -> Any:
+            asked.append(1)
+            await asyncio.sleep(0.01)
+            try:
+                return await super().sample(request)
+            finally:
+                asked.append(-1)
+
+    counted = evaluators_are(lambda sampler: Counting(sampler, lambda: True))
+    finish(make_run([small(steps=1)], eval_sets=[held_out()], num_evaluators=1, wrap_sampler=counted, max_num_seqs=3))
+    assert max(accumulate(asked)) == 2 and asked.count(1) == 2 * 4
 
 
 def test_evaluators_that_keep_dying_end_the_run_with_their_name(make_run: MakeRun) -> None:
